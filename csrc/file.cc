@@ -1,0 +1,345 @@
+#include "file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <climits>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "error.h"
+
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
+
+namespace fastsd {
+namespace {
+
+constexpr std::size_t kHugePageBytes = std::size_t{2} << 20U;
+constexpr std::size_t kMemoryAlignBytes = 64;
+
+[[noreturn]] void fail(const std::string& path, int error = errno) {
+  throw Error(Failure::kSystem, std::strerror(error), path, error);
+}
+
+// Calls again what a signal has interrupted.
+template <class Call>
+auto retry(Call call) {
+  auto result = call();
+  while (result < 0 && errno == EINTR) result = call();
+  return result;
+}
+
+FileSystem file_system_of(int fd, const std::string& path) {
+  struct statfs status {};
+  if (retry([&] { return ::fstatfs(fd, &status); }) != 0) fail(path);
+  return find_file_system(static_cast<std::uint64_t>(status.f_type) & 0xFFFFFFFFU);
+}
+
+std::string resolve_link(const std::string& path) {
+  char target[PATH_MAX];
+  std::string current = path;
+  for (int depth = 0; depth < 40; ++depth) {
+    const ssize_t bytes = ::readlink(current.c_str(), target, sizeof target);
+    if (bytes < 0) return current;  // no link, or nothing there yet
+    const std::string next(target, static_cast<std::size_t>(bytes));
+    const std::size_t slash = current.rfind('/');
+    const bool is_relative = next.empty() || next[0] != '/';
+    current = is_relative && slash != std::string::npos ? current.substr(0, slash + 1) + next : next;
+  }
+  fail(path, ELOOP);
+}
+
+std::string make_hidden_name() {
+  std::random_device random;
+  char name[40];
+  std::snprintf(name, sizeof name, ".fastsd-%08x%08x.tmp", random(), random());
+  return name;
+}
+
+int batch_of(std::size_t pieces) {
+  return static_cast<int>(std::min<std::size_t>(pieces, IOV_MAX));
+}
+
+// Drops the first `bytes` bytes of the pieces, and pieces that are empty then.
+void skip_bytes(struct iovec*& pieces, std::size_t& count, std::size_t bytes) {
+  for (; count > 0 && bytes >= pieces->iov_len; ++pieces, --count) bytes -= pieces->iov_len;
+  if (count == 0) return;
+  pieces->iov_base = static_cast<char*>(pieces->iov_base) + bytes;
+  pieces->iov_len -= bytes;
+}
+
+void sync(int fd, const std::string& path) {
+  if (retry([&] { return ::fsync(fd); }) != 0) fail(path);
+}
+
+}  // namespace
+
+FileSystem find_file_system(std::uint64_t type) {
+  struct Entry {
+    std::uint64_t type;
+    FileSystem file_system;
+  };
+  // linux/magic.h, and the file systems' own sources for those that are not in the kernel.
+  static constexpr Entry entries[] = {
+      {0xEF53, {"ext", true, true}},           {0x58465342, {"xfs", true, true}},
+      {0x01021994, {"tmpfs", true, false}},    {0x9123683E, {"btrfs", true, false}},
+      {0x794C7630, {"overlayfs", true, false}}, {0x2FC12FC1, {"zfs", true, false}},
+      {0x6969, {"nfs", false, false}},         {0x517B, {"smb", false, false}},
+      {0xFF534D42, {"cifs", false, false}},    {0xFE534D42, {"smb2", false, false}},
+      {0x0BD00BD0, {"lustre", false, false}},  {0x65735546, {"fuse", false, false}},
+      {0x01021997, {"9p", false, false}},      {0x00C36400, {"ceph", false, false}},
+      {0x47504653, {"gpfs", false, false}},    {0x19830326, {"beegfs", false, false}},
+      {0x5346414F, {"afs", false, false}},     {0x73757245, {"coda", false, false}},
+      {0x7461636F, {"ocfs2", false, false}},   {0x01161970, {"gfs2", false, false}},
+      {0x20030528, {"orangefs", false, false}}, {0x564C, {"ncp", false, false}},
+  };
+  for (const Entry& entry : entries) {
+    if (entry.type == type) return entry.file_system;
+  }
+  return {"local", true, false};
+}
+
+// ---- Descriptor ----
+
+Descriptor& Descriptor::operator=(Descriptor&& other) noexcept {
+  std::swap(fd_, other.fd_);
+  return *this;
+}
+
+Descriptor::~Descriptor() {
+  if (fd_ >= 0) ::close(fd_);
+}
+
+int Descriptor::release() {
+  const int fd = fd_;
+  fd_ = -1;
+  return fd;
+}
+
+// ---- File ----
+
+File::File(const std::string& path) : path_(path) {
+  // O_NONBLOCK: a FIFO is refused below rather than waited for.
+  descriptor_ = Descriptor(
+      retry([&] { return ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); }));
+  if (descriptor_.get() < 0) fail(path);
+  struct stat status {};
+  if (::fstat(descriptor_.get(), &status) != 0) fail(path);
+  if (S_ISDIR(status.st_mode)) fail(path, EISDIR);
+  if (!S_ISREG(status.st_mode)) {
+    throw Error(Failure::kUnsupported, "not a regular file: it can be neither mapped nor read at "
+                                       "offsets; open it in Python and pass the file object",
+                path);
+  }
+  bytes_ = static_cast<std::uint64_t>(status.st_size);
+}
+
+FileSystem File::file_system() const { return file_system_of(descriptor_.get(), path_); }
+
+void File::read_at(void* target, std::size_t bytes, std::uint64_t offset) const {
+  struct iovec piece {
+    target, bytes
+  };
+  read_pieces(&piece, 1, offset);
+}
+
+void File::read_run(const Piece* pieces, std::size_t count) const {
+  char gap[kGapBytesMax];  // written by several pieces, read by nobody
+  std::vector<struct iovec> run;
+  std::uint64_t begin = pieces->offset;
+  std::uint64_t end = begin;
+  for (const Piece* next = pieces; next != pieces + count; ++next) {
+    const Piece& piece = *next;
+    const std::uint64_t skipped = piece.offset - end;
+    if (skipped > kGapBytesMax) {
+      read_pieces(run.data(), run.size(), begin);
+      run.clear();
+      begin = piece.offset;
+    } else if (skipped > 0) {
+      run.push_back({gap, skipped});
+    }
+    run.push_back({piece.target, piece.bytes});
+    end = piece.offset + piece.bytes;
+  }
+  read_pieces(run.data(), run.size(), begin);
+}
+
+void File::read_pieces(struct iovec* pieces, std::size_t count, std::uint64_t offset) const {
+  skip_bytes(pieces, count, 0);
+  while (count > 0) {
+    const ssize_t got = retry([&] {
+      return ::preadv(descriptor_.get(), pieces, batch_of(count), static_cast<off_t>(offset));
+    });
+    if (got < 0) fail(path_);
+    if (got == 0) {
+      throw Error(Failure::kTruncated,
+                  "the file ended at byte " + std::to_string(offset) + ", while it was being read",
+                  path_);
+    }
+    offset += static_cast<std::uint64_t>(got);
+    skip_bytes(pieces, count, static_cast<std::size_t>(got));
+  }
+}
+
+// ---- Memory ----
+
+std::shared_ptr<Memory> Memory::map(const File& file, std::uint64_t bytes) {
+  // Private and writable: tensors are edited in place, and the file never changes. MAP_NORESERVE: a
+  // mapping larger than memory is fine, as only pages that are written take any.
+  void* address = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE,
+                         file.descriptor(), 0);
+  if (address == MAP_FAILED) fail(file.path());
+  return std::shared_ptr<Memory>(new Memory(static_cast<std::byte*>(address), bytes, true));
+}
+
+std::shared_ptr<Memory> Memory::allocate(std::uint64_t bytes) {
+  const bool is_large = bytes >= 2 * kHugePageBytes;
+  void* address = nullptr;
+  const int error = ::posix_memalign(&address, is_large ? kHugePageBytes : kMemoryAlignBytes,
+                                     std::max<std::size_t>(bytes, kMemoryAlignBytes));
+  if (error != 0)
+    throw Error(Failure::kSystem, std::to_string(bytes) + " bytes of memory", "", error);
+  if (is_large) ::madvise(address, bytes, MADV_HUGEPAGE);
+  return std::shared_ptr<Memory>(new Memory(static_cast<std::byte*>(address), bytes, false));
+}
+
+Memory::~Memory() {
+  if (is_mapped_) {
+    ::munmap(data_, bytes_);
+  } else {
+    std::free(data_);
+  }
+}
+
+void Memory::populate(std::uint64_t begin, std::uint64_t bytes) const {
+  constexpr std::uint64_t page_bytes = 4096;
+  const std::uint64_t first = begin / page_bytes * page_bytes;
+  const std::uint64_t end = std::min(begin + bytes, bytes_);
+  if (first >= end) return;
+  if (::madvise(data_ + first, end - first, MADV_POPULATE_READ) != 0)
+    ::madvise(data_ + first, end - first, MADV_WILLNEED);
+}
+
+// ---- AtomicFile ----
+
+AtomicFile::AtomicFile(const std::string& path) : path_(path) {
+  const std::string target = resolve_link(path);
+  const std::size_t slash = target.rfind('/');
+  const std::string directory = slash == std::string::npos ? "." : target.substr(0, slash + 1);
+  name_ = slash == std::string::npos ? target : target.substr(slash + 1);
+  if (name_.empty()) fail(path, target.empty() ? ENOENT : EISDIR);
+  directory_ = Descriptor(
+      retry([&] { return ::open(directory.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC); }));
+  if (directory_.get() < 0) fail(path);
+  file_system_ = file_system_of(directory_.get(), path);
+  struct stat status {};
+  const bool exists = ::fstatat(directory_.get(), name_.c_str(), &status, 0) == 0;
+  if (!exists && errno != ENOENT) fail(path);
+  if (exists && S_ISDIR(status.st_mode)) fail(path, EISDIR);
+  if (exists && !S_ISREG(status.st_mode)) fail(path, EINVAL);
+  // Renaming would replace a file that may not be written to.
+  if (exists && ::faccessat(directory_.get(), name_.c_str(), W_OK, AT_EACCESS) != 0) fail(path);
+  open_unnamed_or_hidden();
+  if (!exists) return;
+  if (::fchown(descriptor_.get(), status.st_uid, status.st_gid) != 0) {
+    // Only a privileged process can give a file away; others become the owner.
+  }
+  if (::fchmod(descriptor_.get(), status.st_mode & 07777U) != 0) fail(path);
+}
+
+void AtomicFile::open_unnamed_or_hidden() {
+  const std::string hidden_name = make_hidden_name();
+  const auto open_at = [&](const char* name, int flags) {
+    return retry([&] { return ::openat(directory_.get(), name, flags | O_CLOEXEC, 0666); });
+  };
+#ifdef O_TMPFILE
+  descriptor_ = Descriptor(open_at(".", O_TMPFILE | O_RDWR));
+  // Some file systems cannot, and without /proc such a file cannot be named.
+  if (descriptor_.get() >= 0 && ::access("/proc/self/fd", X_OK) == 0) return;
+#endif
+  descriptor_ = Descriptor(open_at(hidden_name.c_str(), O_CREAT | O_EXCL | O_RDWR));
+  if (descriptor_.get() < 0) fail(path_);
+  hidden_name_ = hidden_name;
+}
+
+AtomicFile::~AtomicFile() {
+  if (!hidden_name_.empty()) ::unlinkat(directory_.get(), hidden_name_.c_str(), 0);
+}
+
+void AtomicFile::reserve(std::uint64_t bytes) {
+  if (!file_system_.preallocates || bytes == 0) return;
+  const int result =
+      retry([&] { return ::fallocate(descriptor_.get(), 0, 0, static_cast<off_t>(bytes)); });
+  if (result != 0 && errno != EOPNOTSUPP && errno != ENOSYS) fail(path_);
+}
+
+bool AtomicFile::bypass_cache() {
+#ifdef O_DIRECT
+  if (!file_system_.preallocates) return false;
+  const int flags = ::fcntl(descriptor_.get(), F_GETFL);
+  return flags >= 0 && ::fcntl(descriptor_.get(), F_SETFL, flags | O_DIRECT) == 0;
+#else
+  return false;
+#endif
+}
+
+void AtomicFile::write_at(struct iovec* pieces, std::size_t count, std::uint64_t offset) {
+  skip_bytes(pieces, count, 0);
+  while (count > 0) {
+    const ssize_t written = retry([&] {
+      return ::pwritev(descriptor_.get(), pieces, batch_of(count), static_cast<off_t>(offset));
+    });
+    if (written <= 0) fail(path_, written < 0 ? errno : EIO);
+    offset += static_cast<std::uint64_t>(written);
+    skip_bytes(pieces, count, static_cast<std::size_t>(written));
+  }
+}
+
+void AtomicFile::write_at(const void* source, std::size_t bytes, std::uint64_t offset) {
+  struct iovec piece {
+    const_cast<void*>(source), bytes
+  };
+  write_at(&piece, 1, offset);
+}
+
+void AtomicFile::truncate(std::uint64_t bytes) {
+  if (retry([&] { return ::ftruncate(descriptor_.get(), static_cast<off_t>(bytes)); }) != 0)
+    fail(path_);
+}
+
+void AtomicFile::link(const std::string& name) {
+  char source[40];
+  std::snprintf(source, sizeof source, "/proc/self/fd/%d", descriptor_.get());
+  if (::linkat(AT_FDCWD, source, directory_.get(), name.c_str(), AT_SYMLINK_FOLLOW) != 0)
+    fail(path_);
+}
+
+void AtomicFile::commit(bool durable) {
+  if (durable) sync(descriptor_.get(), path_);
+  if (hidden_name_.empty()) {
+    // A link never replaces a file, a rename does.
+    const std::string hidden_name = make_hidden_name();
+    link(hidden_name);
+    hidden_name_ = hidden_name;
+  }
+  if (::renameat(directory_.get(), hidden_name_.c_str(), directory_.get(), name_.c_str()) != 0)
+    fail(path_);
+  hidden_name_.clear();
+  if (!durable) return;
+  const Descriptor directory(retry(
+      [&] { return ::openat(directory_.get(), ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
+  if (directory.get() < 0) fail(path_);
+  sync(directory.get(), path_);
+}
+
+}  // namespace fastsd

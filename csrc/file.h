@@ -1,0 +1,150 @@
+// Files, mappings and memory: the only code that calls the operating system.
+// Every function throws Error(kSystem) with the path and errno where the system refuses.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+namespace fastsd {
+
+// What fastsd needs to know of a file system. Types that are not in the table (file.cc) count as local.
+struct FileSystem {
+  const char* name;
+  bool maps_well;   // mapping is quick, and safe while others change the file
+  bool preallocates;  // fallocate() makes buffered writes faster, and O_DIRECT is worth it
+};
+
+// By the f_type of statfs(2).
+FileSystem find_file_system(std::uint64_t type);
+
+class Descriptor {
+ public:
+  Descriptor() = default;
+  explicit Descriptor(int fd) : fd_(fd) {}
+  Descriptor(Descriptor&& other) noexcept : fd_(other.release()) {}
+  Descriptor& operator=(Descriptor&& other) noexcept;
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  ~Descriptor();
+
+  int get() const { return fd_; }
+  int release();
+
+ private:
+  int fd_ = -1;
+};
+
+// A regular file, open for reading. Thread-safe.
+class File {
+ public:
+  explicit File(const std::string& path);
+
+  const std::string& path() const { return path_; }
+  std::uint64_t bytes() const { return bytes_; }  // when it was opened
+  FileSystem file_system() const;
+
+  // Fills `target`; throws kTruncated if the file ends first.
+  void read_at(void* target, std::size_t bytes, std::uint64_t offset) const;
+
+  // Fills each of `count` > 0 pieces, which ascend in the file, with few calls: what lies between them
+  // is read too, and thrown away, where that is at most kGapBytesMax.
+  struct Piece {
+    std::byte* target;
+    std::uint64_t bytes;
+    std::uint64_t offset;
+  };
+  void read_run(const Piece* pieces, std::size_t count) const;
+  static constexpr std::size_t kGapBytesMax = 4096;
+
+  int descriptor() const { return descriptor_.get(); }
+
+ private:
+  void read_pieces(struct iovec* pieces, std::size_t count, std::uint64_t offset) const;
+
+  std::string path_;
+  Descriptor descriptor_;
+  std::uint64_t bytes_ = 0;
+};
+
+// A run of memory that is given back when the last owner drops it. Pages of a mapped file are private:
+// writing to them changes neither the file nor other mappings.
+class Memory {
+ public:
+  // Maps the first `bytes` bytes of the file.
+  static std::shared_ptr<Memory> map(const File& file, std::uint64_t bytes);
+
+  // Fresh memory, aligned to 64 bytes; large runs ask for huge pages. Contents are undefined.
+  static std::shared_ptr<Memory> allocate(std::uint64_t bytes);
+
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory();
+
+  std::byte* data() const { return data_; }
+
+  // Asks the system to bring [begin, begin + bytes) of a mapped file into the page tables. A hint:
+  // what the system cannot do is left for the first access to do.
+  void populate(std::uint64_t begin, std::uint64_t bytes) const;
+
+ private:
+  Memory(std::byte* data, std::uint64_t bytes, bool is_mapped)
+      : data_(data), bytes_(bytes), is_mapped_(is_mapped) {}
+
+  std::byte* data_;
+  std::uint64_t bytes_;
+  bool is_mapped_;
+};
+
+// Bytes in memory, kept there by their owner.
+struct Bytes {
+  std::byte* data = nullptr;
+  std::shared_ptr<const void> owner;
+};
+
+// A file that appears under its name all at once, or not at all. Until commit() its bytes are in a file
+// without a name where the system has those, so that even a killed process leaves nothing behind, and in
+// a hidden one beside the target elsewhere.
+//
+// An existing target keeps its mode and, where permitted, its owner; if it is a symbolic link, what the
+// link points to is replaced.
+class AtomicFile {
+ public:
+  // Throws if the target exists and is not a regular file or not writable.
+  explicit AtomicFile(const std::string& path);
+  AtomicFile(const AtomicFile&) = delete;
+  AtomicFile& operator=(const AtomicFile&) = delete;
+  ~AtomicFile();
+
+  // Allocates the file's blocks where that helps; throws early if there are too few.
+  void reserve(std::uint64_t bytes);
+
+  // Tries to bypass the page cache. From then on offsets, lengths and addresses given to write_at() are
+  // multiples of kDirectAlignBytes. Returns whether the file system can.
+  bool bypass_cache();
+  static constexpr std::size_t kDirectAlignBytes = 4096;
+
+  // Thread-safe. `pieces` is used up in the process.
+  void write_at(struct iovec* pieces, std::size_t count, std::uint64_t offset);
+  void write_at(const void* source, std::size_t bytes, std::uint64_t offset);
+  void truncate(std::uint64_t bytes);
+
+  // Gives the file its name. If `durable`, file and directory are on the device when this returns.
+  void commit(bool durable);
+
+ private:
+  void open_unnamed_or_hidden();
+  void link(const std::string& name);
+
+  std::string path_;  // as given, for messages
+  std::string name_;  // within the directory
+  std::string hidden_name_;
+  Descriptor directory_;
+  Descriptor descriptor_;
+  FileSystem file_system_{};
+};
+
+}  // namespace fastsd

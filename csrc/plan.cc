@@ -1,0 +1,221 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <unordered_map>
+
+#include "error.h"
+
+namespace fastsd {
+namespace {
+
+constexpr std::uint32_t kUnassigned = std::numeric_limits<std::uint32_t>::max();
+
+std::uint64_t distance(const std::byte* from, const std::byte* to) {
+  return static_cast<std::uint64_t>(to - from);
+}
+
+// Zero bytes to put before a storage so that each member starts at a whole item of its dtype, as torch
+// demands of tensors that share a storage; nothing if no number of bytes does.
+template <class Members, class ItemBytes>
+std::optional<std::uint64_t> leading_bytes(const Members& members, const std::byte* base,
+                                           ItemBytes item_bytes) {
+  constexpr std::uint64_t item_bytes_max = 16;
+  for (std::uint64_t lead = 0; lead < item_bytes_max; ++lead) {
+    const bool fits = std::all_of(members.begin(), members.end(), [&](const auto& member) {
+      return (distance(base, member.begin) + lead) % item_bytes(member) == 0;
+    });
+    if (fits) return lead;
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+void Plan::add(const View& view, const std::int64_t* dims) {
+  const auto refuse = [&](const std::string& why) {
+    throw Error(Failure::kUnsupported, "tensor \"" + std::string(view.name) + "\" " + why);
+  };
+  const DTypeInfo* dtype = find_dtype(static_cast<std::uint16_t>(view.dtype));
+  const Strided strided{dtype->item_bytes, view.rank, dims, dims + view.rank};
+  if (view.rank > kRankMax) refuse("has more than " + std::to_string(kRankMax) + " dimensions");
+  if (view.name.size() > kNameBytesMax)
+    refuse("has a name of more than " + std::to_string(kNameBytesMax) + " bytes");
+  const auto extent = extent_bytes(strided);
+  if (!extent) refuse("has a shape and strides that overflow");
+  if (*extent > 0 && view.data == nullptr && !view.has_no_data)
+    refuse("has no memory: its storage has been freed, or was never allocated");
+
+  TensorRecord record{};
+  record.name_offset = names_.size();
+  record.name_bytes = static_cast<std::uint32_t>(view.name.size());
+  record.dims_offset = dims_.size();
+  record.storage = kUnassigned;
+  record.same_as = static_cast<std::uint32_t>(tensors_.size());
+  record.dtype = static_cast<std::uint16_t>(view.dtype);
+  record.flags = view.flags;
+  record.rank = view.rank;
+  names_ += view.name;
+  dims_.insert(dims_.end(), dims, dims + 2 * std::size_t{view.rank});
+  tensors_.push_back(record);
+  views_.push_back(view);
+}
+
+Index Plan::index() const {
+  return {{storages_.data(), storages_.size()},
+          {tensors_.data(), tensors_.size()},
+          {dims_.data(), dims_.size()},
+          names_};
+}
+
+HeaderContent Plan::content() const { return {index(), file_flags, devices, sections}; }
+
+std::string Plan::encode_header() const { return fastsd::encode_header(content()); }
+
+// The views that have bytes, by address.
+std::vector<Plan::Member> Plan::list_members() {
+  std::vector<Member> members;
+  members.reserve(tensors_.size());
+  for (std::uint32_t i = 0; i < tensors_.size(); ++i) {
+    const std::uint64_t extent = *extent_bytes(index().view(tensors_[i]));
+    if (extent > 0 && !views_[i].has_no_data)
+      members.push_back({views_[i].data, views_[i].data + extent, i});
+  }
+  const auto by_address = [](const Member& a, const Member& b) {
+    return a.begin != b.begin ? a.begin < b.begin : a.tensor < b.tensor;
+  };
+  if (!std::is_sorted(members.begin(), members.end(), by_address))
+    std::sort(members.begin(), members.end(), by_address);
+  return members;
+}
+
+void Plan::finish() {
+  members_ = list_members();
+  storages_.reserve(tensors_.size());
+  for (std::size_t first = 0; first < members_.size();) {
+    std::size_t next = first + 1;
+    for (const std::byte* end = members_[first].end;
+         next < members_.size() && members_[next].begin < end; ++next) {
+      end = std::max(end, members_[next].end);
+    }
+    add_storage(&members_[first], next - first);
+    first = next;
+  }
+  add_empty_storages();
+  number_by_first_use();
+  header_bytes_ = encoded_header_bytes(content());
+  file_bytes_ = place_storages(storages_, header_bytes_);
+}
+
+// Makes one storage of views that overlap.
+void Plan::add_storage(const Member* first, std::size_t count) {
+  const Span<Member> members(first, count);
+  const auto item_bytes = [&](const Member& member) {
+    return std::uint64_t{find_dtype(tensors_[member.tensor].dtype)->item_bytes};
+  };
+  const std::byte* base = first->begin;
+  const std::byte* end = first->end;
+  const std::byte* covered = base;  // every byte before it is reachable
+  std::unordered_map<const void*, std::uint32_t> originals;
+  for (const Member& member : members) {
+    end = std::max(end, member.end);
+    if (member.begin <= covered && is_gapless(index().view(tensors_[member.tensor])))
+      covered = std::max(covered, member.end);
+    if (count > 1) {
+      const auto [original, is_new] =
+          originals.emplace(views_[member.tensor].identity, member.tensor);
+      tensors_[member.tensor].same_as = original->second;
+    }
+  }
+  const auto lead = leading_bytes(members, base, item_bytes);
+  if (!lead) {
+    // Overlapping views at odd distances exist only where memory was wrapped by hand, and not even torch
+    // can put them into one storage: each gets its own.
+    for (const Member& member : members) {
+      TensorRecord& tensor = tensors_[member.tensor];
+      if (tensor.same_as == member.tensor) add_storage(&member, 1);
+      tensor.storage = tensors_[tensor.same_as].storage;
+    }
+    return;
+  }
+  const auto storage = static_cast<std::uint32_t>(storages_.size());
+  Source source;
+  source.data = base - *lead;
+  source.is_gapless = covered == end && *lead == 0;
+  source.first_member = static_cast<std::uint32_t>(first - members_.data());
+  source.member_count = static_cast<std::uint32_t>(count);
+  sources_.push_back(source);
+  storages_.push_back({0, distance(source.data, end), 0, views_[first->tensor].device, 0, 0});
+  for (const Member& member : members) {
+    TensorRecord& tensor = tensors_[member.tensor];
+    tensor.storage = storage;
+    tensor.storage_offset = distance(source.data, member.begin) / item_bytes(member);
+  }
+}
+
+// Views without bytes share a storage only if they are the same object.
+void Plan::add_empty_storages() {
+  std::unordered_map<const void*, std::uint32_t> originals;
+  for (std::uint32_t i = 0; i < tensors_.size(); ++i) {
+    TensorRecord& tensor = tensors_[i];
+    if (tensor.storage != kUnassigned) continue;
+    tensor.same_as = originals.emplace(views_[i].identity, i).first->second;
+    tensor.storage = tensors_[tensor.same_as].storage;
+    if (tensor.same_as != i) continue;
+    tensor.storage = static_cast<std::uint32_t>(storages_.size());
+    const std::uint64_t bytes = *extent_bytes(index().view(tensor));
+    const std::uint16_t flags = views_[i].has_no_data ? kStorageHasNoData : std::uint16_t{0};
+    storages_.push_back({0, bytes, 0, views_[i].device, flags, 0});
+    sources_.emplace_back();
+  }
+}
+
+// Storages were found by address; in the file they lie in the order in which the tensors use them, so
+// that reading a dictionary in its order reads the file in its order.
+void Plan::number_by_first_use() {
+  std::vector<std::uint32_t> number(storages_.size(), kUnassigned);
+  std::vector<StorageRecord> storages;
+  std::vector<Source> sources;
+  storages.reserve(storages_.size());
+  sources.reserve(sources_.size());
+  for (TensorRecord& tensor : tensors_) {
+    std::uint32_t& own = number[tensor.storage];
+    if (own == kUnassigned) {
+      own = static_cast<std::uint32_t>(storages.size());
+      storages.push_back(storages_[tensor.storage]);
+      sources.push_back(sources_[tensor.storage]);
+    }
+    tensor.storage = own;
+  }
+  storages_ = std::move(storages);
+  sources_ = std::move(sources);
+}
+
+const std::byte* Plan::bytes_in_place(std::size_t storage, std::uint64_t begin) const {
+  const Source& source = sources_[storage];
+  return source.is_gapless ? source.data + begin : nullptr;
+}
+
+void Plan::fill(std::size_t storage, std::uint64_t begin, std::uint64_t end,
+                std::byte* target) const {
+  const Source& source = sources_[storage];
+  if (source.is_gapless) {
+    std::memcpy(target, source.data + begin, end - begin);
+    return;
+  }
+  std::memset(target, 0, end - begin);
+  for (std::uint32_t i = 0; i < source.member_count; ++i) {
+    const Member& member = members_[source.first_member + i];
+    const std::uint64_t member_begin = distance(source.data, member.begin);
+    const std::uint64_t member_end = distance(source.data, member.end);
+    const std::uint64_t from = std::max(begin, member_begin);
+    const std::uint64_t to = std::min(end, member_end);
+    if (from >= to) continue;
+    copy_reachable(index().view(tensors_[member.tensor]), member.begin, from - member_begin,
+                   to - member_begin, target + (from - begin));
+  }
+}
+
+}  // namespace fastsd

@@ -1,0 +1,210 @@
+#include "reader.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <system_error>
+#include <thread>
+
+#include "checksum.h"
+#include "error.h"
+
+namespace fastsd {
+namespace {
+
+// What one thread reads, verifies or populates at a time.
+constexpr std::uint64_t kStepBytes = std::uint64_t{4} << 20U;
+
+// Less work than this is done by the calling thread alone: starting others would take longer.
+constexpr std::uint64_t kParallelBytesMin = std::uint64_t{2} << 20U;
+
+std::size_t threads_for(std::uint64_t bytes) {
+  return bytes < kParallelBytesMin ? 1 : processor_count();
+}
+
+}  // namespace
+
+Reader::Reader(const std::string& path, Access access) : file_(path) {
+  try {
+    read_header(access);
+  } catch (Error& error) {
+    error.path = path;
+    throw;
+  }
+}
+
+void Reader::read_header(Access access) {
+  // The header is read, not mapped: what has been validated must not change afterwards. Most headers
+  // come with the first read.
+  constexpr std::size_t first_bytes_max = 16384;
+  alignas(8) unsigned char first[first_bytes_max];
+  const auto first_bytes =
+      static_cast<std::size_t>(std::min<std::uint64_t>(first_bytes_max, file_.bytes()));
+  file_.read_at(first, first_bytes, 0);
+  const Preamble preamble = decode_preamble(first, first_bytes, file_.bytes());
+  if (file_.bytes() > preamble.file_bytes) {
+    throw Error(Failure::kFormat, "the file has " + std::to_string(file_.bytes()) +
+                                      " bytes; its header accounts for " +
+                                      std::to_string(preamble.file_bytes));
+  }
+  // Not value-initialized: each byte is overwritten at once.
+  std::unique_ptr<std::uint64_t[]> bytes(new std::uint64_t[preamble.header_bytes / 8]);
+  auto* target = reinterpret_cast<unsigned char*>(bytes.get());
+  const std::size_t copied = std::min<std::size_t>(first_bytes, preamble.header_bytes);
+  std::memcpy(target, first, copied);
+  file_.read_at(target + copied, preamble.header_bytes - copied, copied);
+  header_ = Header::decode(std::move(bytes), preamble);
+
+  const bool is_mapped =
+      access == Access::kMap || (access == Access::kAuto && file_.file_system().maps_well);
+  if (is_mapped) mapping_ = Memory::map(file_, preamble.file_bytes);
+}
+
+Bytes Reader::bytes(std::size_t storage, std::uint64_t begin, std::uint64_t end,
+                    const Interrupt& interrupt) const {
+  const StorageRecord& record = index().storages[storage];
+  if (mapping_) return {mapping_->data() + record.offset + begin, mapping_};
+  const std::shared_ptr<Memory> memory = Memory::allocate(end - begin);
+  read({{memory->data(), end - begin, record.offset + begin}}, interrupt);
+  return {memory->data(), memory};
+}
+
+std::vector<Bytes> Reader::all_bytes(const Interrupt& interrupt) const {
+  std::vector<Bytes> all;
+  std::vector<File::Piece> extents;
+  all.reserve(index().storages.size());
+  for (const StorageRecord& storage : index().storages) {
+    const std::uint64_t bytes = stored_bytes(storage);
+    if (mapping_) {
+      all.push_back({mapping_->data() + (bytes > 0 ? storage.offset : 0), mapping_});
+      continue;
+    }
+    const std::shared_ptr<Memory> memory = Memory::allocate(bytes);
+    all.push_back({memory->data(), memory});
+    extents.push_back({memory->data(), bytes, storage.offset});
+  }
+  read(extents, interrupt);
+  return all;
+}
+
+// Reads extents, which ascend in the file: large ones in steps, small ones many to a step.
+void Reader::read(const std::vector<File::Piece>& extents, const Interrupt& interrupt) const {
+  std::vector<File::Piece> pieces;
+  pieces.reserve(extents.size());
+  std::uint64_t total = 0;
+  for (const File::Piece& extent : extents) {
+    total += extent.bytes;
+    for (std::uint64_t begin = 0; begin < extent.bytes; begin += kStepBytes) {
+      pieces.push_back({extent.target + begin, std::min(kStepBytes, extent.bytes - begin),
+                        extent.offset + begin});
+    }
+  }
+  std::vector<std::size_t> steps;  // the first piece of each
+  std::uint64_t step_bytes = kStepBytes;
+  for (std::size_t i = 0; i < pieces.size(); ++i) {
+    if (step_bytes + pieces[i].bytes > kStepBytes) {
+      steps.push_back(i);
+      step_bytes = 0;
+    }
+    step_bytes += pieces[i].bytes;
+  }
+  steps.push_back(pieces.size());
+  run_parallel(steps.size() - 1, threads_for(total), interrupt, [&](std::size_t, std::size_t i) {
+    file_.read_run(&pieces[steps[i]], steps[i + 1] - steps[i]);
+  });
+}
+
+std::vector<std::size_t> Reader::find_damage(const Interrupt& interrupt) const {
+  const Index& tables = index();
+  struct Step {
+    std::size_t storage;
+    std::uint64_t begin;
+    std::uint64_t end;
+  };
+  std::vector<Step> steps;
+  std::uint64_t total = 0;
+  for (std::size_t i = 0; i < tables.storages.size(); ++i) {
+    const StorageRecord& storage = tables.storages[i];
+    if ((storage.flags & kStorageHasChecksum) == 0) continue;
+    total += storage.bytes;
+    for (std::uint64_t begin = 0; begin < storage.bytes; begin += kStepBytes)
+      steps.push_back({i, begin, std::min(begin + kStepBytes, storage.bytes)});
+  }
+  std::vector<std::uint32_t> parts(steps.size());
+  std::vector<std::unique_ptr<std::byte[]>> slabs(threads_for(total));
+  run_parallel(steps.size(), slabs.size(), interrupt, [&](std::size_t worker, std::size_t i) {
+    const Step& step = steps[i];
+    const std::uint64_t offset = tables.storages[step.storage].offset + step.begin;
+    const std::uint64_t bytes = step.end - step.begin;
+    // Read even where the file is mapped: what is verified is the file, not pages edited in memory, and
+    // a file that shrinks meanwhile is an error rather than a signal.
+    if (!slabs[worker]) slabs[worker].reset(new std::byte[kStepBytes]);
+    file_.read_at(slabs[worker].get(), bytes, offset);
+    parts[i] = crc32c(0, slabs[worker].get(), bytes);
+  });
+  check_padding();
+  std::vector<std::size_t> damaged;
+  for (std::size_t i = 0; i < steps.size();) {
+    const std::size_t storage = steps[i].storage;
+    std::uint32_t crc = parts[i];
+    for (++i; i < steps.size() && steps[i].storage == storage; ++i)
+      crc = crc32c_combine(crc, parts[i], steps[i].end - steps[i].begin);
+    if (crc != tables.storages[storage].crc32c) damaged.push_back(storage);
+  }
+  return damaged;
+}
+
+void Reader::check_padding() const {
+  std::byte padding[kStorageAlignBytes];
+  std::uint64_t end = header_.preamble().header_bytes;
+  for (const StorageRecord& storage : index().storages) {
+    if (stored_bytes(storage) == 0) continue;
+    const std::uint64_t bytes = storage.offset - end;
+    if (bytes > 0) file_.read_at(padding, bytes, end);
+    if (std::any_of(padding, padding + bytes, [](std::byte b) { return b != std::byte{0}; })) {
+      throw Error(Failure::kFormat, "the padding before byte " + std::to_string(storage.offset) +
+                                        " is not zero",
+                  file_.path());
+    }
+    end = storage.offset + storage.bytes;
+  }
+}
+
+// ---- Prefetch ----
+
+struct Prefetch::State {
+  std::shared_ptr<Memory> mapping;
+  std::uint64_t begin;
+  std::uint64_t end;
+  std::atomic<bool> is_stopped{false};
+  std::thread thread;
+
+  void run() {
+    for (std::uint64_t at = begin; at < end && !is_stopped; at += kStepBytes)
+      mapping->populate(at, std::min(kStepBytes, end - at));
+  }
+};
+
+Prefetch::Prefetch(const Reader& reader) {
+  const Preamble& preamble = reader.header().preamble();
+  if (!reader.mapping() || preamble.file_bytes - preamble.header_bytes < kParallelBytesMin) return;
+  state_ = std::make_unique<State>();
+  state_->mapping = reader.mapping();
+  state_->begin = preamble.header_bytes;
+  state_->end = preamble.file_bytes;
+  try {
+    state_->thread = std::thread([state = state_.get()] { state->run(); });
+  } catch (const std::system_error&) {
+    // No thread to be had: pages come when they are touched.
+  }
+}
+
+void Prefetch::stop() {
+  if (!state_ || !state_->thread.joinable()) return;
+  state_->is_stopped = true;
+  state_->thread.join();
+}
+
+Prefetch::~Prefetch() { stop(); }
+
+}  // namespace fastsd

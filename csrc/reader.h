@@ -1,0 +1,70 @@
+// From an opened container to memory: mapped, or read in parallel.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "file.h"
+#include "format.h"
+#include "workers.h"
+
+namespace fastsd {
+
+enum class Access {
+  kAuto,  // map where that is quick and safe (FileSystem::maps_well), read elsewhere
+  kMap,
+  kRead,
+};
+
+// An .fsd file whose header has been read and validated. Thread-safe.
+class Reader {
+ public:
+  // Reads the header, and maps the data unless it is to be read. Throws Error with the path.
+  Reader(const std::string& path, Access access);
+
+  const File& file() const { return file_; }
+  const Header& header() const { return header_; }
+  const Index& index() const { return header_.index(); }
+  const std::shared_ptr<Memory>& mapping() const { return mapping_; }  // nullptr: to be read
+
+  // The bytes [begin, end) of a storage: of the mapping, or freshly read.
+  Bytes bytes(std::size_t storage, std::uint64_t begin, std::uint64_t end,
+              const Interrupt& interrupt) const;
+
+  // The bytes of all storages, in parallel.
+  std::vector<Bytes> all_bytes(const Interrupt& interrupt) const;
+
+  // Reads every stored byte, in parallel; returns the storages whose bytes do not have the checksum
+  // recorded for them. Storages without one are not read. Throws kFormat if padding is not zero.
+  std::vector<std::size_t> find_damage(const Interrupt& interrupt) const;
+
+ private:
+  void read_header(Access access);
+  void read(const std::vector<File::Piece>& extents, const Interrupt& interrupt) const;
+  void check_padding() const;
+
+  File file_;
+  Header header_;
+  std::shared_ptr<Memory> mapping_;
+};
+
+// Threads that bring the mapped data into the page tables, in the order of the file, while another
+// thread uses it. Stops when told to, or destroyed.
+class Prefetch {
+ public:
+  explicit Prefetch(const Reader& reader);
+  Prefetch(const Prefetch&) = delete;
+  Prefetch& operator=(const Prefetch&) = delete;
+  ~Prefetch();
+
+  void stop();
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace fastsd

@@ -1,0 +1,119 @@
+#include "strided.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace fastsd {
+namespace {
+
+constexpr std::uint64_t kBytesMax = INT64_MAX;
+
+// The usual case, answered without building anything.
+bool is_contiguous(const Strided& view) {
+  std::int64_t expected = 1;
+  for (std::uint32_t d = view.rank; d-- > 0;) {
+    if (view.shape[d] == 1) continue;
+    if (view.stride[d] != expected) return false;
+    expected *= view.shape[d];
+  }
+  return true;
+}
+
+// A dimension that moves: more than one element, and a stride that is not 0.
+struct Step {
+  std::uint64_t count;
+  std::uint64_t bytes;
+};
+
+// The moving dimensions, widest stride first.
+std::vector<Step> steps_of(const Strided& view) {
+  std::vector<Step> steps;
+  for (std::uint32_t d = 0; d < view.rank; ++d) {
+    if (view.shape[d] > 1 && view.stride[d] > 0) {
+      steps.push_back({static_cast<std::uint64_t>(view.shape[d]),
+                       static_cast<std::uint64_t>(view.stride[d]) * view.item_bytes});
+    }
+  }
+  std::sort(steps.begin(), steps.end(),
+            [](const Step& a, const Step& b) { return a.bytes > b.bytes; });
+  return steps;
+}
+
+// One walk over a view's runs of bytes, entering only those parts that meet the window.
+struct Walk {
+  std::vector<Step> steps;
+  std::vector<std::uint64_t> inner_bytes;  // the extent of one element of step i
+  std::uint64_t begin;
+  std::uint64_t end;
+  const std::byte* source;
+  std::byte* target;
+
+  void visit(std::size_t depth, std::uint64_t base) const {
+    if (depth == steps.size()) {
+      const std::uint64_t from = std::max(base, begin);
+      const std::uint64_t to = std::min(base + inner_bytes[depth], end);
+      if (from < to) std::memcpy(target + (from - begin), source + from, to - from);
+      return;
+    }
+    const Step& step = steps[depth];
+    const std::uint64_t inner = inner_bytes[depth + 1];
+    const std::uint64_t needed = base + inner <= begin ? begin - base - inner + 1 : 0;
+    const std::uint64_t first = (needed + step.bytes - 1) / step.bytes;
+    for (std::uint64_t i = first; i < step.count && base + i * step.bytes < end; ++i) {
+      visit(depth + 1, base + i * step.bytes);
+    }
+  }
+};
+
+}  // namespace
+
+std::optional<std::uint64_t> extent_bytes(const Strided& view) {
+  std::uint64_t last = 0;  // the last element's distance from the first, in items
+  std::uint64_t numel = 1;
+  bool is_empty = false;
+  for (std::uint32_t d = 0; d < view.rank; ++d) {
+    if (view.shape[d] < 0 || view.stride[d] < 0) return std::nullopt;
+    const auto count = static_cast<std::uint64_t>(view.shape[d]);
+    const auto stride = static_cast<std::uint64_t>(view.stride[d]);
+    is_empty = is_empty || count == 0;
+    if (count <= 1) continue;
+    if (numel > kBytesMax / count || stride > kBytesMax / (count - 1)) return std::nullopt;
+    numel *= count;
+    if ((count - 1) * stride > kBytesMax - last) return std::nullopt;
+    last += (count - 1) * stride;
+  }
+  if (numel > kBytesMax / view.item_bytes || last >= kBytesMax / view.item_bytes)
+    return std::nullopt;
+  return is_empty ? 0 : (last + 1) * view.item_bytes;
+}
+
+bool is_gapless(const Strided& view) {
+  if (is_contiguous(view)) return true;
+  const std::vector<Step> steps = steps_of(view);
+  std::uint64_t covered = view.item_bytes;
+  for (auto step = steps.rbegin(); step != steps.rend(); ++step) {
+    if (step->bytes > covered) return false;
+    covered += (step->count - 1) * step->bytes;
+  }
+  return true;
+}
+
+void copy_reachable(const Strided& view, const std::byte* source, std::uint64_t begin,
+                    std::uint64_t end, std::byte* target) {
+  Walk walk{steps_of(view), {}, begin, end, source, target};
+  // Steps that touch or overlap the bytes within them make one run.
+  std::uint64_t run = view.item_bytes;
+  while (!walk.steps.empty() && walk.steps.back().bytes <= run) {
+    run += (walk.steps.back().count - 1) * walk.steps.back().bytes;
+    walk.steps.pop_back();
+  }
+  walk.inner_bytes.assign(walk.steps.size() + 1, run);
+  for (std::size_t i = walk.steps.size(); i-- > 0;) {
+    walk.inner_bytes[i] =
+        walk.inner_bytes[i + 1] + (walk.steps[i].count - 1) * walk.steps[i].bytes;
+  }
+  if (*extent_bytes(view) > 0) walk.visit(0, 0);
+}
+
+}  // namespace fastsd

@@ -1,0 +1,232 @@
+#include "tensor.h"
+
+#include <memory>
+#include <utility>
+
+namespace fastsd {
+namespace {
+
+Torch g_torch;
+
+class Reference {
+ public:
+  explicit Reference(PyObject* object) : object_(object) {}
+  Reference(const Reference&) = delete;
+  Reference& operator=(const Reference&) = delete;
+  ~Reference() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+
+ private:
+  PyObject* object_;
+};
+
+// Keeps the garbage collector from walking thousands of objects that have only just been made.
+class CollectionPause {
+ public:
+  CollectionPause() : was_enabled_(PyGC_Disable() != 0) {}
+  CollectionPause(const CollectionPause&) = delete;
+  CollectionPause& operator=(const CollectionPause&) = delete;
+  ~CollectionPause() {
+    if (was_enabled_) PyGC_Enable();
+  }
+
+ private:
+  bool was_enabled_;
+};
+
+// A managed tensor of either kind, with what keeps its memory. Whoever consumes it copies shape and
+// strides, which are therefore only lent.
+template <class Managed>
+struct Lease {
+  Managed managed{};
+  std::shared_ptr<const void> owner;
+
+  static void end(Managed* managed) { delete static_cast<Lease*>(managed->manager_ctx); }
+};
+
+template <class Managed>
+Lease<Managed>* make_lease(const Bytes& bytes, const DTypeInfo& dtype, std::uint32_t rank,
+                           const std::int64_t* shape, const std::int64_t* stride) {
+  auto* lease = new Lease<Managed>;
+  lease->owner = bytes.owner;
+  lease->managed.manager_ctx = lease;
+  lease->managed.deleter = &Lease<Managed>::end;
+  dlpack::Tensor& tensor = lease->managed.dl_tensor;
+  tensor.data = bytes.data;
+  tensor.device = {dlpack::kDeviceCpu, 0};
+  tensor.ndim = static_cast<std::int32_t>(rank);
+  tensor.dtype = dtype.dlpack_type;
+  tensor.shape = const_cast<std::int64_t*>(shape);
+  tensor.strides = const_cast<std::int64_t*>(stride);
+  return lease;
+}
+
+PyObject* make_through_exchange(const Bytes& bytes, const DTypeInfo& dtype, std::uint32_t rank,
+                                const std::int64_t* shape, const std::int64_t* stride) {
+  auto* lease = make_lease<dlpack::ManagedTensorVersioned>(bytes, dtype, rank, shape, stride);
+  lease->managed.version = {dlpack::kMajorVersion, 0};
+  void* tensor = nullptr;
+  // On failure torch may or may not have taken the lease; leaking a few bytes is the safe choice.
+  if (g_torch.exchange->managed_tensor_to_py_object_no_sync(&lease->managed, &tensor) != 0)
+    return nullptr;
+  return static_cast<PyObject*>(tensor);
+}
+
+constexpr const char* kCapsuleName = "dltensor";
+
+void end_unused_capsule(PyObject* capsule) {
+  if (PyCapsule_IsValid(capsule, kCapsuleName) == 0) return;  // consumed: it was renamed
+  auto* managed =
+      static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, kCapsuleName));
+  managed->deleter(managed);
+}
+
+PyObject* make_through_capsule(const Bytes& bytes, const DTypeInfo& dtype, std::uint32_t rank,
+                               const std::int64_t* shape, const std::int64_t* stride) {
+  auto* lease = make_lease<dlpack::ManagedTensor>(bytes, dtype, rank, shape, stride);
+  const Reference capsule(PyCapsule_New(&lease->managed, kCapsuleName, &end_unused_capsule));
+  if (capsule.get() == nullptr) {
+    delete lease;
+    return nullptr;
+  }
+  return PyObject_CallOneArg(g_torch.from_dlpack, capsule.get());
+}
+
+// Whether an attribute, or what a method without arguments returns, is exactly False.
+bool is_false(Reference result) {
+  if (result.get() == nullptr) PyErr_Clear();
+  return result.get() == Py_False;
+}
+
+bool has_no_flags(PyObject* tensor, const DTypeInfo& dtype) {
+  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  static PyObject* const is_conj = PyUnicode_InternFromString("is_conj");
+  const bool is_complex = dtype.dlpack_type.code == dlpack::kComplex;
+  return is_false(Reference(PyObject_GetAttr(tensor, requires_grad))) &&
+         is_false(Reference(PyObject_CallMethodNoArgs(tensor, is_neg))) &&
+         (!is_complex || is_false(Reference(PyObject_CallMethodNoArgs(tensor, is_conj))));
+}
+
+// Torch exports int4 as int8, and so on; only the attribute tells.
+bool is_eight_bit_impostor(PyObject* tensor, const DTypeInfo& info) {
+  if (info.dtype != DType::kUInt8 && info.dtype != DType::kInt8) return false;
+  static PyObject* const name = PyUnicode_InternFromString("dtype");
+  const Reference dtype(PyObject_GetAttr(tensor, name));
+  if (dtype.get() == nullptr) PyErr_Clear();
+  return dtype.get() != (info.dtype == DType::kUInt8 ? g_torch.uint8 : g_torch.int8);
+}
+
+bool is_in_cpu_memory(PyObject* tensor) {
+  static PyObject* const is_cpu = PyUnicode_InternFromString("is_cpu");
+  const Reference result(PyObject_GetAttr(tensor, is_cpu));
+  if (result.get() == nullptr) PyErr_Clear();
+  return result.get() == Py_True;
+}
+
+// How many tensors that are objects of their own lie in each storage.
+std::vector<std::uint32_t> count_tensors(const Index& index) {
+  std::vector<std::uint32_t> counts(index.storages.size());
+  for (std::size_t i = 0; i < index.tensors.size(); ++i) {
+    if (index.tensors[i].same_as == i) ++counts[index.tensors[i].storage];
+  }
+  return counts;
+}
+
+bool append_number(PyObject* list, std::size_t number) {
+  const Reference object(PyLong_FromSize_t(number));
+  return object.get() != nullptr && PyList_Append(list, object.get()) == 0;
+}
+
+bool add_base(PyObject* bases, std::size_t storage, const StorageRecord& record,
+              const Bytes& bytes) {
+  if ((record.flags & kStorageHasNoData) != 0) return true;
+  const Reference number(PyLong_FromSize_t(storage));
+  if (number.get() == nullptr) return false;
+  const int known = PyDict_Contains(bases, number.get());
+  if (known != 0) return known > 0;
+  const auto shape = static_cast<std::int64_t>(record.bytes);
+  const std::int64_t stride = 1;
+  const Reference base(
+      make_tensor(bytes, *find_dtype(static_cast<std::uint16_t>(DType::kUInt8)), 1, &shape, &stride));
+  return base.get() != nullptr && PyDict_SetItem(bases, number.get(), base.get()) == 0;
+}
+
+}  // namespace
+
+void set_torch(const Torch& torch) { g_torch = torch; }
+
+const dlpack::ExchangeApi* find_exchange(PyObject* capsule) {
+  if (PyCapsule_IsValid(capsule, dlpack::kExchangeCapsuleName) == 0) return nullptr;
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(
+      PyCapsule_GetPointer(capsule, dlpack::kExchangeCapsuleName));
+  const bool is_known = api->version.major == dlpack::kMajorVersion &&
+                        api->managed_tensor_to_py_object_no_sync != nullptr &&
+                        api->dltensor_from_py_object_no_sync != nullptr;
+  return is_known ? api : nullptr;
+}
+
+PyObject* make_tensor(const Bytes& bytes, const DTypeInfo& dtype, std::uint32_t rank,
+                      const std::int64_t* shape, const std::int64_t* stride) {
+  const auto make = g_torch.exchange != nullptr ? make_through_exchange : make_through_capsule;
+  return make(bytes, dtype, rank, shape, stride);
+}
+
+bool describe_plain(PyObject* tensor, PlainTensor* plain) {
+  if (g_torch.exchange == nullptr ||
+      reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != g_torch.tensor_type ||
+      !is_in_cpu_memory(tensor)) {
+    return false;
+  }
+  dlpack::Tensor described{};
+  if (g_torch.exchange->dltensor_from_py_object_no_sync(tensor, &described) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  const DTypeInfo* dtype = find_dtype(described.dtype);
+  if (dtype == nullptr || is_eight_bit_impostor(tensor, *dtype) || !has_no_flags(tensor, *dtype))
+    return false;
+  *plain = {static_cast<const std::byte*>(described.data) + described.byte_offset, dtype,
+            static_cast<std::uint32_t>(described.ndim), described.shape, described.strides};
+  return true;
+}
+
+bool load_tensors(const Index& index, const std::vector<Bytes>& bytes, bool is_all_rest,
+                  LoadedTensors* loaded) {
+  const CollectionPause pause;
+  Reference by_name(PyDict_New());
+  Reference rest(PyList_New(0));
+  Reference bases(PyDict_New());
+  if (by_name.get() == nullptr || rest.get() == nullptr || bases.get() == nullptr) return false;
+  const std::vector<std::uint32_t> counts = count_tensors(index);
+  for (std::size_t i = 0; i < index.tensors.size(); ++i) {
+    const TensorRecord& tensor = index.tensors[i];
+    const DTypeInfo& dtype = *find_dtype(tensor.dtype);
+    const std::string_view text = index.name(tensor);
+    const Reference name(
+        PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), nullptr));
+    if (name.get() == nullptr) return false;
+    const StorageRecord& storage = index.storages[tensor.storage];
+    const bool is_plain = !is_all_rest && tensor.same_as == i && counts[tensor.storage] == 1 &&
+                          dtype.in_dlpack && tensor.flags == 0 && tensor.storage_offset == 0 &&
+                          (storage.flags & kStorageHasNoData) == 0;
+    if (!is_plain) {
+      if (PyDict_SetItem(by_name.get(), name.get(), Py_None) != 0 ||
+          !append_number(rest.get(), i) ||
+          !add_base(bases.get(), tensor.storage, storage, bytes[tensor.storage])) {
+        return false;
+      }
+      continue;
+    }
+    const std::int64_t* shape = index.dims.data() + tensor.dims_offset;
+    const Reference object(
+        make_tensor(bytes[tensor.storage], dtype, tensor.rank, shape, shape + tensor.rank));
+    if (object.get() == nullptr || PyDict_SetItem(by_name.get(), name.get(), object.get()) != 0)
+      return false;
+  }
+  *loaded = {by_name.release(), rest.release(), bases.release()};
+  return true;
+}
+
+}  // namespace fastsd

@@ -1,0 +1,236 @@
+#include "writer.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "checksum.h"
+#include "file.h"
+
+namespace fastsd {
+namespace {
+
+// The file is written in windows that start at multiples of their size: the page cache then holds it in
+// huge folios, which later maps with a page-table entry for each 2 MiB rather than each 4 KiB.
+constexpr std::uint64_t kWindowBytes = std::uint64_t{8} << 20U;
+
+// Writers of one inode wait for each other, so a second thread is there to checksum the next window while
+// the first is written. Direct writes do not wait, and a device likes several.
+constexpr std::size_t kBufferedThreads = 2;
+constexpr std::size_t kDirectThreads = 4;
+static_assert(kDirectThreads * kWindowBytes < kWriteMemoryBytes);
+
+// Below this a copy into the window's own memory costs less than a piece of its own in the system call.
+constexpr std::uint64_t kInPlaceBytesMin = std::uint64_t{64} << 10U;
+
+// Smaller files gain nothing from waiting for the device without the cache.
+constexpr std::uint64_t kDirectBytesMin = std::uint64_t{32} << 20U;
+
+// A part of a storage that lies in a window.
+struct Piece {
+  std::size_t storage;
+  std::uint64_t begin;  // within the storage
+  std::uint64_t end;
+  std::uint64_t file_offset;
+};
+
+// Calls visit(piece) for the storages' bytes among [begin, end) of the file, in order.
+template <class Visit>
+void for_each_piece(const Plan& plan, std::uint64_t begin, std::uint64_t end, Visit visit) {
+  const std::vector<StorageRecord>& storages = plan.storages();
+  auto storage = std::partition_point(
+      storages.begin(), storages.end(),
+      [&](const StorageRecord& s) { return s.offset + stored_bytes(s) <= begin; });
+  for (; storage != storages.end() && storage->offset < end; ++storage) {
+    const std::uint64_t from = std::max(begin, storage->offset);
+    const std::uint64_t to = std::min(end, storage->offset + stored_bytes(*storage));
+    if (from >= to) continue;
+    visit(Piece{static_cast<std::size_t>(storage - storages.begin()), from - storage->offset,
+                to - storage->offset, from});
+  }
+}
+
+// The checksums of storages, from those of their pieces in whatever order they come.
+class Checksums {
+ public:
+  void add(const Piece& piece, std::uint32_t crc) { parts_.push_back({piece, crc}); }
+
+  void add(const Checksums& other) {
+    parts_.insert(parts_.end(), other.parts_.begin(), other.parts_.end());
+  }
+
+  void store(std::vector<StorageRecord>& storages) {
+    const auto by_place = [](const Part& a, const Part& b) {
+      return a.piece.file_offset < b.piece.file_offset;
+    };
+    if (!std::is_sorted(parts_.begin(), parts_.end(), by_place))
+      std::sort(parts_.begin(), parts_.end(), by_place);
+    for (const Part& part : parts_) {
+      StorageRecord& storage = storages[part.piece.storage];
+      storage.crc32c = part.piece.begin == 0
+                           ? part.crc
+                           : crc32c_combine(storage.crc32c, part.crc,
+                                            part.piece.end - part.piece.begin);
+    }
+    for (StorageRecord& storage : storages) {
+      if (stored_bytes(storage) > 0) storage.flags |= kStorageHasChecksum;
+    }
+  }
+
+ private:
+  struct Part {
+    Piece piece;
+    std::uint32_t crc;
+  };
+  std::vector<Part> parts_;
+};
+
+// Memory for one window. Empty until it is needed.
+class Slab {
+ public:
+  std::byte* data() {
+    if (!memory_) memory_ = Memory::allocate(kWindowBytes);
+    return memory_->data();
+  }
+
+ private:
+  std::shared_ptr<Memory> memory_;
+};
+
+struct Worker {
+  Slab slab;
+  Checksums checksums;
+  std::vector<iovec> pieces;
+};
+
+void store_checksums(const std::vector<Worker>& workers, std::vector<StorageRecord>& storages) {
+  Checksums all;
+  for (const Worker& worker : workers) all.add(worker.checksums);
+  all.store(storages);
+}
+
+class FileWriter {
+ public:
+  FileWriter(const std::string& path, Plan& plan, const WriteOptions& options)
+      : plan_(plan), options_(options), file_(path) {
+    file_.reserve(plan.file_bytes());
+    is_direct_ =
+        options.durable && plan.file_bytes() >= kDirectBytesMin && file_.bypass_cache();
+  }
+
+  void write(const Interrupt& interrupt) {
+    const std::uint64_t first = plan_.header_bytes() / kWindowBytes;
+    const std::uint64_t count =
+        (plan_.file_bytes() + kWindowBytes - 1) / kWindowBytes - first;
+    const std::size_t threads =
+        is_direct_ ? kDirectThreads : std::min(kBufferedThreads, processor_count());
+    std::vector<Worker> workers(threads);
+    run_parallel(count, threads, interrupt, [&](std::size_t worker, std::size_t i) {
+      const std::uint64_t begin = (first + i) * kWindowBytes;
+      write_window(workers[worker], std::max(begin, plan_.header_bytes()),
+                   std::min(begin + kWindowBytes, plan_.file_bytes()));
+    });
+    if (options_.checksum) store_checksums(workers, plan_.storages());
+    write_header(workers[0].slab);
+    if (is_direct_) file_.truncate(plan_.file_bytes());
+    file_.commit(options_.durable);
+  }
+
+ private:
+  // Takes large pieces from where they are and copies the others, so that the window goes out in one call.
+  void write_window(Worker& worker, std::uint64_t begin, std::uint64_t end) {
+    if (begin == end) return;
+    worker.pieces.clear();
+    std::uint64_t written = begin;  // what precedes it is among the pieces
+    std::uint64_t copied = begin;   // what lies between the two is in the slab
+    const auto flush = [&] {
+      if (copied > written)
+        worker.pieces.push_back({worker.slab.data() + (written - begin), copied - written});
+      written = copied;
+    };
+    for_each_piece(plan_, begin, end, [&](const Piece& piece) {
+      const std::uint64_t bytes = piece.end - piece.begin;
+      if (piece.file_offset > copied) {
+        std::memset(worker.slab.data() + (copied - begin), 0, piece.file_offset - copied);
+        copied = piece.file_offset;
+      }
+      const std::byte* source = plan_.bytes_in_place(piece.storage, piece.begin);
+      if (source == nullptr || bytes < kInPlaceBytesMin || is_direct_) {
+        std::byte* target = worker.slab.data() + (copied - begin);
+        plan_.fill(piece.storage, piece.begin, piece.end, target);
+        source = target;
+        copied += bytes;
+      } else {
+        flush();
+        worker.pieces.push_back({const_cast<std::byte*>(source), bytes});
+        written = copied = copied + bytes;
+      }
+      if (options_.checksum) worker.checksums.add(piece, crc32c(0, source, bytes));
+    });
+    if (is_direct_) {
+      const std::uint64_t aligned = align_up(copied, AtomicFile::kDirectAlignBytes);
+      std::memset(worker.slab.data() + (copied - begin), 0, aligned - copied);
+      copied = aligned;
+    }
+    flush();
+    file_.write_at(worker.pieces.data(), worker.pieces.size(), begin);
+  }
+
+  void write_header(Slab& slab) {
+    const std::string header = plan_.encode_header();
+    if (!is_direct_) {
+      file_.write_at(header.data(), header.size(), 0);
+      return;
+    }
+    for (std::uint64_t begin = 0; begin < header.size(); begin += kWindowBytes) {
+      const std::uint64_t bytes = std::min(kWindowBytes, header.size() - begin);
+      header.copy(reinterpret_cast<char*>(slab.data()), bytes, begin);
+      file_.write_at(slab.data(), bytes, begin);
+    }
+  }
+
+  Plan& plan_;
+  const WriteOptions& options_;
+  AtomicFile file_;
+  bool is_direct_ = false;
+};
+
+}  // namespace
+
+void write_file(const std::string& path, Plan& plan, const WriteOptions& options,
+                const Interrupt& interrupt) {
+  FileWriter(path, plan, options).write(interrupt);
+}
+
+void checksum_storages(Plan& plan, const Interrupt& interrupt) {
+  constexpr std::uint64_t step_bytes = std::uint64_t{1} << 20U;
+  const std::uint64_t count =
+      (plan.file_bytes() - plan.header_bytes() + step_bytes - 1) / step_bytes;
+  std::vector<Worker> workers(processor_count());
+  run_parallel(count, workers.size(), interrupt, [&](std::size_t worker, std::size_t i) {
+    const std::uint64_t begin = plan.header_bytes() + i * step_bytes;
+    for_each_piece(plan, begin, begin + step_bytes, [&](const Piece& piece) {
+      const std::byte* source = plan.bytes_in_place(piece.storage, piece.begin);
+      if (source == nullptr) {
+        plan.fill(piece.storage, piece.begin, piece.end, workers[worker].slab.data());
+        source = workers[worker].slab.data();
+      }
+      workers[worker].checksums.add(piece, crc32c(0, source, piece.end - piece.begin));
+    });
+  });
+  store_checksums(workers, plan.storages());
+}
+
+void gather(const Plan& plan, std::uint64_t begin, std::uint64_t end, std::byte* target) {
+  std::uint64_t done = begin;
+  for_each_piece(plan, begin, end, [&](const Piece& piece) {
+    std::memset(target + (done - begin), 0, piece.file_offset - done);
+    plan.fill(piece.storage, piece.begin, piece.end, target + (piece.file_offset - begin));
+    done = piece.file_offset + (piece.end - piece.begin);
+  });
+  std::memset(target + (done - begin), 0, end - done);
+}
+
+}  // namespace fastsd

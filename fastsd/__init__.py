@@ -1,0 +1,33 @@
+"""fastsd: the fastest safe way to keep PyTorch weights in a file."""
+
+from fastsd.api import load, load_into, open, save
+from fastsd.archive import Archive, TensorInfo, TensorSlice, Verification
+from fastsd.errors import (
+    ChecksumError,
+    FastsdError,
+    FormatError,
+    LimitError,
+    TruncatedError,
+    UnsupportedError,
+    VersionError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Archive",
+    "ChecksumError",
+    "FastsdError",
+    "FormatError",
+    "LimitError",
+    "TensorInfo",
+    "TensorSlice",
+    "TruncatedError",
+    "UnsupportedError",
+    "Verification",
+    "VersionError",
+    "load",
+    "load_into",
+    "open",
+    "save",
+]

@@ -1,0 +1,277 @@
+"""An archive: a source of bytes, its storages, the tensors that view them, and their tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastsd.errors import ChecksumError
+from fastsd.tensors import (
+    CPU,
+    REQUIRES_GRAD,
+    StorageRecord,
+    TensorRecord,
+    apply_flags,
+    dtype_of,
+    rebuild_rest,
+    view_storage,
+)
+
+if TYPE_CHECKING:
+    from fastsd import _core
+
+Restore = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What an archive knows of a tensor without reading it.
+
+    ``stride`` and ``storage_offset`` count items, ``nbytes`` the bytes of all elements; tensors with the
+    same ``storage`` share memory. ``file_offset`` is where the storage starts in the file, and ``crc32c``
+    its checksum, None if it was saved without.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    nbytes: int
+    requires_grad: bool
+    device: str
+    storage: int
+    storage_offset: int
+    storage_nbytes: int
+    file_offset: int
+    crc32c: int | None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `Archive.verify` has read: ``checked_nbytes`` bytes agree with their checksums, and
+    ``unchecked`` names the tensors that were saved without any."""
+
+    checked_nbytes: int
+    unchecked: tuple[str, ...]
+
+
+class TensorSlice:
+    """A tensor that is read when it is indexed, and only as far as the index reaches."""
+
+    def __init__(self, archive: Archive, name: str) -> None:
+        self._archive = archive
+        self._name = name
+        self._info = archive.info(name)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._info.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._info.dtype
+
+    def get_shape(self) -> list[int]:
+        """The shape, as safetensors' slices give it."""
+        return list(self._info.shape)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """The part that a basic index (integers, slices with positive steps, ``...``, None) selects.
+
+        Where the file is mapped this is a view of it; elsewhere the bytes from the first to the last
+        element of the part are read. Raises IndexError and TypeError as torch does.
+        """
+        return self._archive._read(self._name, index)
+
+
+class Archive(Mapping[str, torch.Tensor]):
+    """A read-only mapping from names to tensors, in the order of the file.
+
+    Nothing is read until it is asked for. Tensors of a mapped archive are views of the file: writable,
+    but what is written to them stays in this process and reaches no file. They outlive the archive.
+    Tensors that share a storage share it when they come from the same archive, too.
+
+    Made by `fastsd.open`; also a context manager that closes it. Safe to use from several threads.
+    """
+
+    def __init__(
+        self, reader: _core.Reader, metadata: Mapping[str, str], device: torch.device | str = CPU
+    ) -> None:
+        self._reader: _core.Reader | None = reader
+        self._metadata = metadata
+        self._device = torch.device(device)
+        self._numbers = {name: number for number, name in enumerate(reader.names())}
+        self._shared = _find_shared(reader)
+        self._bases: dict[int, torch.Tensor] = {}
+
+    # ---- Mapping ----
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._read(name, ...)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._numbers
+
+    def __repr__(self) -> str:
+        state = "closed" if self._reader is None else repr(self._reader.path)
+        return f"<fastsd.Archive {state}, {len(self)} tensors>"
+
+    # ---- Looking without reading ----
+
+    def info(self, name: str) -> TensorInfo:
+        """What is known of a tensor. Raises KeyError if there is none of that name."""
+        _, record, storage = self._find(name)
+        dtype = dtype_of(record.dtype)
+        shape = torch.Size(record.shape)
+        return TensorInfo(
+            name=name,
+            dtype=dtype,
+            shape=shape,
+            stride=record.stride,
+            nbytes=shape.numel() * dtype.itemsize,
+            requires_grad=bool(record.flags & REQUIRES_GRAD),
+            device=storage.device,
+            storage=record.storage,
+            storage_offset=record.storage_offset,
+            storage_nbytes=storage.nbytes,
+            file_offset=storage.offset,
+            crc32c=storage.crc32c,
+        )
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The strings that were given to `fastsd.save`; empty if there were none."""
+        return dict(self._metadata)
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether tensors are views of the mapped file, rather than read into memory of their own."""
+        return self._open_reader().is_mapped
+
+    def get_slice(self, name: str) -> TensorSlice:
+        """The tensor as something to be indexed, so that only a part of it is read."""
+        return TensorSlice(self, name)
+
+    def verify(self) -> Verification:
+        """Reads every stored byte, in parallel, and compares checksums.
+
+        Raises ChecksumError, naming the tensors, where they differ. Memory is not touched: what is
+        verified is the file.
+        """
+        return verify(self._open_reader())
+
+    def close(self) -> None:
+        """Forgets the file. Tensors stay as they are."""
+        self._reader = None
+        self._bases.clear()
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # ---- Reading ----
+
+    def _open_reader(self) -> _core.Reader:
+        if self._reader is None:
+            raise ValueError("the archive is closed")
+        return self._reader
+
+    def _find(self, name: str) -> tuple[_core.Reader, TensorRecord, StorageRecord]:
+        reader = self._open_reader()
+        record = TensorRecord(*reader.tensor(self._numbers[name]))
+        return reader, record, StorageRecord(*reader.storage(record.storage))
+
+    def _read(self, name: str, index: Any) -> torch.Tensor:
+        reader, record, stored = self._find(name)
+        dtype = dtype_of(record.dtype)
+        # Torch itself says what an index means, on a tensor without memory.
+        whole = torch.empty_strided(record.shape, record.stride, dtype=torch.uint8, device="meta")
+        part = whole[index]
+        if part._base is not whole:
+            raise TypeError(f"a slice takes integers, slices, ... and None, not {index!r}")
+        offset = record.storage_offset + part.storage_offset()
+        part_record = record._replace(shape=tuple(part.shape), stride=part.stride())
+        if stored.has_no_data:
+            tensor = torch.empty_strided(
+                part_record.shape, part_record.stride, dtype=dtype, device="meta"
+            )
+        else:
+            base, base_begin = self._base(reader, part_record, offset, dtype.itemsize)
+            first = offset - base_begin // dtype.itemsize
+            tensor = view_storage(base.untyped_storage(), dtype, first, part_record)
+        return apply_flags(name, tensor, record.flags).to(self._device)
+
+    def _base(
+        self, reader: _core.Reader, record: TensorRecord, offset: int, itemsize: int
+    ) -> tuple[torch.Tensor, int]:
+        """Bytes of a storage that hold a part of it, and where in the storage they start."""
+        if record.storage in self._shared:
+            if record.storage not in self._bases:
+                nbytes = StorageRecord(*reader.storage(record.storage)).nbytes
+                self._bases[record.storage] = reader.base(record.storage, 0, nbytes)
+            return self._bases[record.storage], 0
+        if 0 in record.shape:
+            return reader.base(record.storage, 0, 0), offset * itemsize
+        last = sum((n - 1) * s for n, s in zip(record.shape, record.stride, strict=True))
+        begin, end = offset * itemsize, (offset + last + 1) * itemsize
+        return reader.base(record.storage, begin, end), begin
+
+
+def _find_shared(reader: _core.Reader) -> frozenset[int]:
+    """The storages that several tensors view."""
+    if reader.storage_count == reader.tensor_count:
+        return frozenset()
+    storages = [TensorRecord(*reader.tensor(i)).storage for i in range(reader.tensor_count)]
+    seen: set[int] = set()
+    return frozenset(s for s in storages if s in seen or seen.add(s))  # type: ignore[func-returns-value]
+
+
+def load_tensors(reader: _core.Reader, restore: Restore | None) -> dict[str, torch.Tensor]:
+    """All tensors by name, in the order of the file; ``restore`` as for `rebuild_rest`."""
+    by_name, rest, bases = reader.load(bases_only=restore is not None)
+    if rest:
+        rebuild_rest(reader, by_name, rest, bases, restore)
+    return by_name
+
+
+def verify(reader: _core.Reader) -> Verification:
+    """Compares every stored byte with its checksum; raises ChecksumError."""
+    damaged = set(reader.find_damage())
+    names = reader.names()
+    checked = 0
+    unchecked = []
+    affected = []
+    for storage_number in range(reader.storage_count):
+        storage = StorageRecord(*reader.storage(storage_number))
+        if storage.crc32c is not None:
+            checked += storage.nbytes
+    for number, name in enumerate(names):
+        record = TensorRecord(*reader.tensor(number))
+        storage = StorageRecord(*reader.storage(record.storage))
+        if record.storage in damaged:
+            affected.append(name)
+        elif storage.crc32c is None and storage.nbytes > 0 and not storage.has_no_data:
+            unchecked.append(name)
+    if affected:
+        first = TensorRecord(*reader.tensor(names.index(affected[0]))).storage
+        place = StorageRecord(*reader.storage(first))
+        raise ChecksumError(
+            f"{len(damaged)} of {reader.storage_count} storages are damaged, the first at bytes "
+            f"{place.offset} to {place.offset + place.nbytes}; tensors affected: "
+            + ", ".join(f'"{name}"' for name in affected[:10])
+            + (f" and {len(affected) - 10} more" if len(affected) > 10 else ""),
+            path=reader.path,
+            tensors=tuple(affected),
+        )
+    return Verification(checked, tuple(unchecked))

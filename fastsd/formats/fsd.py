@@ -1,0 +1,95 @@
+"""The container, .fsd: docs/FORMAT.md. Its bytes are the core's business; its sections are read here."""
+
+from __future__ import annotations
+
+import json
+import os
+from enum import IntEnum
+from typing import Any
+
+import torch
+
+from fastsd import _core
+from fastsd.archive import Archive
+from fastsd.errors import FormatError
+
+ROOT_IS_ORDERED_DICT = 1  # a flag of the file
+
+
+class Section(IntEnum):
+    """Sections of the header that Python reads."""
+
+    TREE = 6
+    STATE_METADATA = 7
+    METADATA = 8
+    PICKLE = 9
+
+
+def open_reader(path: str | bytes, mmap: bool | None) -> _core.Reader:
+    """Reads and validates a file's header. Raises FormatError with the likely cause, or OSError."""
+    try:
+        return _core.Reader(path, mmap)
+    except FormatError as error:
+        cause = find_cause(path)
+        if cause:
+            raise FormatError(f"{error.detail}; {cause}", path=error.path) from None
+        raise
+
+
+def open_archive(path: str | bytes, mmap: bool | None, device: torch.device | str) -> Archive:
+    """The archive in a file; errors as for `open_reader`."""
+    reader = open_reader(path, mmap)
+    return Archive(reader, decode_metadata(reader), device)
+
+
+# First bytes of what people pass by mistake, and what to do about it.
+_OTHERS = (
+    (b"PK\x03\x04", "it looks like a zip file, as torch.save writes: use torch.load"),
+    (b"\x80\x02", "it looks like a pickle, as old releases of torch.save write: use torch.load"),
+    (b"\x80", "it looks like a pickle"),
+    (b"version https://git-lfs", "it is a git-lfs pointer: fetch the real file with `git lfs pull`"),
+    (b"<", "it looks like HTML or XML: a download that gave an error page?"),
+    (b"\x8fFSD\n", "its newlines were converted: it was copied as text"),
+    (b"\x89HDF", "it looks like an HDF5 file"),
+    (b"GGUF", "it looks like a GGUF file"),
+)
+
+
+def find_cause(path: str | bytes) -> str | None:
+    """What a file is that is not in this format; None if it is, or cannot be told."""
+    try:
+        with open(path, "rb") as file:
+            first = file.read(32)
+            size = os.fstat(file.fileno()).st_size
+    except OSError:
+        return None
+    if size == 0:
+        return "it is empty: an interrupted copy or download?"
+    if not any(first):
+        return "it starts with zeros: it was never completely written"
+    if first[8:9] == b"{" and int.from_bytes(first[:8], "little") < size:
+        return "it looks like a safetensors file: use safetensors.torch.load_file"
+    return next((cause for magic, cause in _OTHERS if first.startswith(magic)), None)
+
+
+def encode_metadata(metadata: dict[str, str]) -> bytes:
+    """The section for the user's strings. Raises TypeError for anything else."""
+    for key, value in metadata.items():
+        if not (isinstance(key, str) and isinstance(value, str)):
+            raise TypeError(f"metadata maps strings to strings, not {key!r} to {value!r}")
+    return json.dumps(metadata, separators=(",", ":")).encode()
+
+
+def decode_metadata(reader: _core.Reader) -> dict[str, str]:
+    """The user's strings; empty if there are none."""
+    text = reader.section(Section.METADATA)
+    if text is None:
+        return {}
+    try:
+        metadata: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"section metadata is no JSON: {error}", path=reader.path) from error
+    is_strings = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    if not is_strings:
+        raise FormatError("section metadata does not map strings to strings", path=reader.path)
+    return dict(metadata)

@@ -1,0 +1,239 @@
+"""Between torch's tensors and the views that an archive holds.
+
+Plain tensors never come here: the core makes and describes them itself, through DLPack. What needs more
+than that does: flags, shared storages, devices, meta tensors, dtypes that DLPack lacks, numpy arrays.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+import torch.utils.dlpack
+from torch.serialization import location_tag
+
+from fastsd import _core
+from fastsd.errors import FormatError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Described = tuple[int | None, int, tuple[int, ...], tuple[int, ...], int, int, int]
+
+# docs/FORMAT.md, "Tensors": flags.
+REQUIRES_GRAD = 1
+IS_PARAMETER = 2
+IS_CONJ = 4
+IS_NEG = 8
+
+CPU = "cpu"
+
+# Older releases of torch lack some of the dtypes.
+_DTYPES: dict[int, torch.dtype] = {
+    number: getattr(torch, name) for number, name, _ in _core.DTYPES if hasattr(torch, name)
+}
+_NUMBERS: dict[torch.dtype, int] = {dtype: number for number, dtype in _DTYPES.items()}
+_NAMES: dict[int, str] = {number: name for number, name, _ in _core.DTYPES}
+_NUMPY_NUMBERS: dict[np.dtype[np.generic], int] = {
+    np.dtype(name): number
+    for number, name, _ in _core.DTYPES
+    if name.removeprefix("u").startswith(("bool", "int", "float", "complex"))
+    and isinstance(getattr(np, name, None), type)
+    and number in _DTYPES
+}
+
+# Without the exchange table (torch before 2.10) every tensor takes the slower ways of this module.
+_core.set_torch(
+    torch.Tensor,
+    torch.uint8,
+    torch.int8,
+    torch.utils.dlpack.from_dlpack,
+    getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
+)
+
+
+class TensorRecord(NamedTuple):
+    """A tensor of an archive, as the core reports it. Strides and offset count items."""
+
+    dtype: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    storage: int
+    storage_offset: int
+    flags: int
+    same_as: int
+
+
+class StorageRecord(NamedTuple):
+    """A storage of an archive. ``offset`` is that of its first byte in the file."""
+
+    offset: int
+    nbytes: int
+    crc32c: int | None
+    device: str
+    has_no_data: bool
+
+
+def dtype_of(number: int) -> torch.dtype:
+    """The torch dtype of a number of the format; raises if this release of torch has none."""
+    try:
+        return _DTYPES[number]
+    except KeyError:
+        raise FormatError(
+            f"dtype {_NAMES.get(number, number)} does not exist in torch {torch.__version__}"
+        ) from None
+
+
+def is_numpy_native(dtype: np.dtype[np.generic]) -> bool:
+    """Whether arrays of this dtype are stored as they are, as tensors of the same dtype."""
+    return dtype in _NUMPY_NUMBERS
+
+
+class Describer:
+    """Describes to the core what it does not describe itself; an instance serves one save.
+
+    ``devices`` are the names that the archive records; number 0 is the CPU. Memory that had to be
+    copied lives as long as the describer.
+    """
+
+    def __init__(self) -> None:
+        self.devices = [CPU]
+        self._kept: list[object] = []
+        self._host_copies: dict[int, torch.UntypedStorage] = {}
+
+    def __call__(self, name: str, value: torch.Tensor | np.ndarray) -> Described:
+        if isinstance(value, np.ndarray):
+            return self._describe_array(value)
+        return self._describe_tensor(name, value)
+
+    def _describe_array(self, array: np.ndarray) -> Described:
+        identity = id(array)
+        itemsize = array.itemsize
+        if any(s < 0 or s % itemsize for s in array.strides):
+            array = np.ascontiguousarray(array)
+            self._kept.append(array)
+        stride = tuple(s // itemsize for s in array.strides)
+        number = _NUMPY_NUMBERS[array.dtype]
+        return (array.ctypes.data, number, array.shape, stride, 0, 0, identity)
+
+    def _describe_tensor(self, name: str, tensor: torch.Tensor) -> Described:
+        check_supported(name, tensor)
+        storage = tensor.untyped_storage()
+        device = self._device_number(location_tag(storage))
+        address: int | None
+        if tensor.is_meta:
+            address = None
+        elif tensor.device.type == CPU:
+            address = tensor.data_ptr()
+        else:
+            address = self._host_copy(storage).data_ptr()
+            address += tensor.storage_offset() * tensor.itemsize
+        if address is not None:
+            check_within_storage(name, tensor, storage)
+        flags = (
+            REQUIRES_GRAD * tensor.requires_grad
+            | IS_PARAMETER * isinstance(tensor, torch.nn.Parameter)
+            | IS_CONJ * tensor.is_conj()
+            | IS_NEG * tensor.is_neg()
+        )
+        number = _NUMBERS[tensor.dtype]
+        return (address, number, tuple(tensor.shape), tensor.stride(), flags, device, id(tensor))
+
+    def _device_number(self, tag: str) -> int:
+        if tag not in self.devices:
+            self.devices.append(tag)
+        return self.devices.index(tag)
+
+    def _host_copy(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        # By address and size: two Python objects may stand for one storage.
+        key = storage.data_ptr()
+        if key not in self._host_copies:
+            self._host_copies[key] = storage.cpu()
+        return self._host_copies[key]
+
+
+def check_supported(name: str, tensor: torch.Tensor) -> None:
+    """Raises UnsupportedError unless the container can hold the tensor."""
+    kind = type(tensor)
+    if kind not in (torch.Tensor, torch.nn.Parameter):
+        reason = f"is a {kind.__module__}.{kind.__qualname__}, a subclass of torch.Tensor"
+    elif tensor.layout != torch.strided:
+        reason = f"has layout {tensor.layout}"
+    elif tensor.is_quantized:
+        reason = f"is quantized ({tensor.dtype})"
+    elif tensor.is_nested:
+        reason = "is a nested tensor"
+    elif tensor.dtype not in _NUMBERS:
+        reason = f"has dtype {tensor.dtype}"
+    else:
+        return
+    raise UnsupportedError(f'tensor "{name}" {reason}, which fastsd cannot save yet')
+
+
+def check_within_storage(name: str, tensor: torch.Tensor, storage: torch.UntypedStorage) -> None:
+    """Raises UnsupportedError for a tensor whose storage was made smaller under it."""
+    if tensor.numel() == 0:
+        return
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    if needed > storage.nbytes():
+        raise UnsupportedError(
+            f'tensor "{name}" needs {needed} bytes of a storage of {storage.nbytes()} bytes'
+        )
+
+
+def view_storage(
+    storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, record: TensorRecord
+) -> torch.Tensor:
+    """A tensor of the record's shape and stride over the storage, which it shares."""
+    tensor = torch.empty(0, dtype=dtype, device=storage.device)
+    return tensor.set_(storage, offset, record.shape, record.stride)
+
+
+def apply_flags(name: str, tensor: torch.Tensor, flags: int) -> torch.Tensor:
+    """The tensor with the properties that its record's flags name; a Parameter shares its memory."""
+    if flags & (IS_CONJ | IS_NEG):
+        if flags & IS_CONJ and not tensor.is_complex():
+            raise FormatError(f'tensor "{name}" is marked as conjugated and is not complex')
+        bits = {"conj": IS_CONJ, "neg": IS_NEG}
+        torch._utils.set_tensor_metadata(tensor, {k: True for k, bit in bits.items() if flags & bit})
+    requires_grad = bool(flags & REQUIRES_GRAD)
+    if requires_grad and not (tensor.is_floating_point() or tensor.is_complex()):
+        raise FormatError(f'tensor "{name}" of dtype {tensor.dtype} is marked as requiring grad')
+    if flags & IS_PARAMETER:
+        return torch.nn.Parameter(tensor, requires_grad)
+    return tensor.requires_grad_() if requires_grad else tensor
+
+
+def rebuild_rest(
+    reader: _core.Reader,
+    by_name: dict[str, torch.Tensor],
+    rest: list[int],
+    bases: dict[int, torch.Tensor],
+    restore: Callable[[torch.UntypedStorage, str], torch.UntypedStorage] | None,
+) -> None:
+    """Fills in the tensors of ``by_name`` that the core has left to Python, by their numbers.
+
+    ``bases`` holds all bytes of each storage they lie in; ``restore`` puts such a storage, saved from
+    the given device, where it belongs (None: it stays). Tensors that shared a storage share it again.
+    """
+    names = list(by_name)
+    storages: dict[int, torch.UntypedStorage] = {}
+    for number in rest:
+        name = names[number]
+        record = TensorRecord(*reader.tensor(number))
+        if record.same_as != number:
+            by_name[name] = by_name[names[record.same_as]]
+            continue
+        dtype = dtype_of(record.dtype)
+        stored = StorageRecord(*reader.storage(record.storage))
+        if stored.has_no_data:
+            tensor = torch.empty_strided(record.shape, record.stride, dtype=dtype, device="meta")
+        else:
+            if record.storage not in storages:
+                storage = bases[record.storage].untyped_storage()
+                storages[record.storage] = restore(storage, stored.device) if restore else storage
+            storage = storages[record.storage]
+            tensor = view_storage(storage, dtype, record.storage_offset, record)
+        by_name[name] = apply_flags(name, tensor, record.flags)

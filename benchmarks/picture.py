@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
+from matplotlib.patches import Patch
 
 from report import ROWS, Results, Row, describe_machine, format_ratio
 
@@ -36,18 +37,21 @@ def draw_picture(results: Results, path: Path) -> None:
         label_rows(grid[0][0], results, rows)
         figure.text(0.012, 0.012, describe_machine(results), color=QUIET, fontsize=8)
         figure.tight_layout(rect=(0, 0.025, 1, 1 - 0.4 / figure.get_figheight()))
-        write_head(figure, grid[0][0])
+        write_head(figure)
         figure.savefig(path, dpi=DPI, facecolor="white", metadata={"Software": None})
         plt.close(figure)
 
 
-def write_head(figure: Any, axes: Any) -> None:
+def write_head(figure: Any) -> None:
     """Write the title and the legend in one line above the panels."""
     y = 1 - 0.26 / figure.get_figheight()
     figure.text(0.012, y, "fastsd: times faster than", fontsize=15, weight="bold", va="center")
-    handles, labels = axes.get_legend_handles_labels()
+    handles = [
+        Patch(color=TORCH, label="torch (load call and assign: against mmap=True)"),
+        Patch(color=SAFETENSORS, label="safetensors"),
+    ]
     figure.legend(
-        handles, labels, loc="center left", bbox_to_anchor=(0.26, y), ncols=2, frameon=False
+        handles=handles, loc="center left", bbox_to_anchor=(0.26, y), ncols=2, frameon=False
     )
 
 
@@ -70,8 +74,6 @@ def draw_panel(axes: Any, results: Results, place: str, rows: list[Row]) -> None
             if ratio is not None:
                 axes.barh(y, ratio - 1, BAR, left=1.0, color=colour, zorder=2)
                 axes.text(max(ratio, 1) * 1.06, y, format_ratio(ratio), va="center", fontsize=8.5)
-    axes.barh([], [], color=TORCH, label="torch (load call and assign: against mmap=True)")
-    axes.barh([], [], color=SAFETENSORS, label="safetensors")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.axvline(1.0, color=INK, linewidth=1, zorder=3)

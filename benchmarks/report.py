@@ -25,6 +25,7 @@ class Row:
     torch: str  # the contender that "against torch" means here
     torch_target: float | None = None
     safetensors_target: float | None = None
+    against: str = ""  # the group of the others' work, where it is not the row's own
 
 
 ROWS = (
@@ -33,7 +34,8 @@ ROWS = (
     Row("load", "10", "load call", "torch-mmap", 25, 6),
     Row("touch", "big", "load + touch", "torch", 6, 1.1),
     Row("into", "big", "load_into", "torch", 3, 1.05),
-    Row("assign", "big", "load_into assign", "torch-mmap", None, 20),
+    Row("assign", "big", "load_into assign / copy", "torch", None, 20, against="into"),
+    Row("assign", "big", "load_into assign", "torch-mmap"),
     Row("save", "big", "save", "torch", 2, 1.0),
     Row("save", "1000", "save", "torch", 6, 4),
     Row("save", "20000", "save", "torch", 25, 20),
@@ -51,6 +53,8 @@ LIMIT_ROWS = (
     ("memcpy", "memory to memory, all cores", None),
     ("mmap-touch", "map one file, touch every byte", ("touch", "fastsd")),
     ("pread", "parallel pread into memory already there", ("into", "fastsd")),
+    ("fill", "load_state_dict of tensors in memory", ("into", "fastsd")),
+    ("assign", "load_state_dict(assign=True) of tensors in memory", ("assign", "fastsd")),
     ("write", "one big buffered write", ("save", "fastsd")),
     ("write-fsync", "one big buffered write, fsync", ("durable", "fastsd")),
     ("write-direct", "one big direct write, fsync", ("durable", "fastsd")),
@@ -82,10 +86,15 @@ class Results:
         """Return a median, or None where that was not measured."""
         return self._medians.get((place, group, case, contender))
 
+    def row_seconds(self, place: str, row: Row, contender: str) -> float | None:
+        """Return the median that a row shows for a contender."""
+        group = row.group if contender == "fastsd" else row.against or row.group
+        return self.seconds(place, group, row.case, contender)
+
     def ratio(self, place: str, row: Row, contender: str) -> float | None:
         """Return how many times faster than ``contender`` fastsd is."""
         ours = self.seconds(place, row.group, row.case, "fastsd")
-        theirs = self.seconds(place, row.group, row.case, contender)
+        theirs = self.row_seconds(place, row, contender)
         return theirs / ours if ours and theirs else None
 
     def has(self, row: Row) -> bool:
@@ -161,7 +170,7 @@ def build_table(results: Results) -> list[list[str]]:
     table = [HEADINGS]
     for row in filter(results.has, ROWS):
         for place, label in results.places.items():
-            medians = [results.seconds(place, row.group, row.case, name) for name in CONTENDERS]
+            medians = [results.row_seconds(place, row, name) for name in CONTENDERS]
             # The column that the ratio is against carries a star.
             cells = [
                 format_ms(seconds) + ("*" if name == row.torch else "")
@@ -187,7 +196,8 @@ def build_limits(results: Results) -> list[list[str]]:
             bare = results.seconds(place, "limits", "big", limit)
             if bare is None:
                 continue
-            line = [title, label, format_ms(bare), f"{size / bare / 1e9:.2f}", "", "", ""]
+            rate = "-" if limit == "assign" else f"{size / bare / 1e9:.2f}"  # it moves no bytes
+            line = [title, label, format_ms(bare), rate, "", "", ""]
             ours = work and results.seconds(place, work[0], "big", work[1])
             if work and ours:
                 share = f"{math.floor(100 * bare / ours)} %"
@@ -259,6 +269,7 @@ def describe_noise(results: Results) -> str:
 NOTES = (
     "Medians in milliseconds; warm page cache; ratios are cut off, not rounded.",
     "`*` marks the torch column that `x torch` is against.",
+    "`load_into assign / copy`: fastsd assigns the mapped tensors, the others copy, as by default.",
     "On tmpfs fsync does nothing, so a durable save there is a save.",
 )
 

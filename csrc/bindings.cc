@@ -1,5 +1,6 @@
-// The Python face of the native core, fastsd._core: registration only. The GIL is released around all
-// reading and writing, and Ctrl-C is honoured during it. _core.pyi documents what is registered here.
+// The Python face of the native core, fastsd._core: registration only. The GIL is released around
+// all reading and writing, and Ctrl-C is honoured during it. _core.pyi documents what is registered
+// here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -43,6 +44,12 @@ const char* error_class(Failure kind) {
   }
 }
 
+// Paths are bytes here; in Python they are str, as os.fsdecode makes them.
+py::object decode_path(const std::string& path) {
+  return py::reinterpret_steal<py::object>(
+      PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
+}
+
 void raise(const Error& error) {
   // The handler of the signal has already set the exception to raise.
   if (error.kind == Failure::kInterrupted && PyErr_Occurred() != nullptr) return;
@@ -51,12 +58,12 @@ void raise(const Error& error) {
     // OSError chooses its subclass (FileNotFoundError, ...) by errno.
     const py::object value = error.path.empty()
                                  ? type(error.system_errno, error.what())
-                                 : type(error.system_errno, error.what(), py::str(error.path));
+                                 : type(error.system_errno, error.what(), decode_path(error.path));
     PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(value.ptr())), value.ptr());
     return;
   }
   const py::object type = py::module_::import("fastsd.errors").attr(error_class(error.kind));
-  const py::object value = type(error.what(), py::arg("path") = error.path);
+  const py::object value = type(error.what(), py::arg("path") = decode_path(error.path));
   PyErr_SetObject(type.ptr(), value.ptr());
 }
 
@@ -68,10 +75,11 @@ bool check_signals() {
 
 // ---- Saving ----
 
-// A view that Python describes: (address or None for a meta tensor, dtype number, shape, stride, flags,
-// device number, identity).
-using Described = std::tuple<std::optional<std::uintptr_t>, std::uint16_t, std::vector<std::int64_t>,
-                             std::vector<std::int64_t>, std::uint16_t, std::uint16_t, std::uintptr_t>;
+// A view that Python describes: (address or None for a meta tensor, dtype number, shape, stride,
+// flags, device number, identity).
+using Described =
+    std::tuple<std::optional<std::uintptr_t>, std::uint16_t, std::vector<std::int64_t>,
+               std::vector<std::int64_t>, std::uint16_t, std::uint16_t, std::uintptr_t>;
 
 void add_described(Plan& plan, std::string_view name, const Described& described) {
   const auto& [address, dtype, shape, stride, flags, device, identity] = described;
@@ -79,10 +87,10 @@ void add_described(Plan& plan, std::string_view name, const Described& described
     throw py::value_error("bad description of tensor " + std::string(name));
   std::vector<std::int64_t> dims(shape);
   dims.insert(dims.end(), stride.begin(), stride.end());
-  plan.add({name, reinterpret_cast<const std::byte*>(address.value_or(0)), DType{dtype}, flags,
-            device, !address, reinterpret_cast<const void*>(identity),
-            static_cast<std::uint32_t>(shape.size())},
-           dims.data());
+  plan.add(
+      {name, reinterpret_cast<const std::byte*>(address.value_or(0)), DType{dtype}, flags, device,
+       !address, reinterpret_cast<const void*>(identity), static_cast<std::uint32_t>(shape.size())},
+      dims.data());
 }
 
 std::string_view utf8(const py::handle& text) {
@@ -98,13 +106,18 @@ class TensorPlan {
   TensorPlan(const py::list& names, const py::list& tensors, const py::function& describe)
       : tensors_(tensors) {
     if (names.size() != tensors.size()) throw py::value_error("as many names as tensors");
+    plan_.reserve(names.size());
     std::vector<std::int64_t> dims;
+    constexpr std::size_t prefetch_distance = 16;
     for (std::size_t i = 0; i < names.size(); ++i) {
+      if (i + prefetch_distance < tensors.size())
+        __builtin_prefetch(PyList_GET_ITEM(tensors.ptr(), i + prefetch_distance));
       const py::handle tensor = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
       const std::string_view name = utf8(PyList_GET_ITEM(names.ptr(), static_cast<Py_ssize_t>(i)));
       PlainTensor plain{};
       if (!describe_plain(tensor.ptr(), &plain)) {
-        add_described(plan_, name, describe(py::str(name.data(), name.size()), tensor).cast<Described>());
+        add_described(plan_, name,
+                      describe(py::str(name.data(), name.size()), tensor).cast<Described>());
         continue;
       }
       dims.assign(plain.shape, plain.shape + plain.rank);
@@ -243,15 +256,17 @@ std::unique_ptr<Reader> open_reader(const std::string& path, std::optional<bool>
 // ---- Registration ----
 
 void register_torch(py::module_& module) {
-  module.def("set_torch", [](const py::object& tensor_type, const py::object& uint8,
-                             const py::object& int8, const py::object& from_dlpack,
-                             const py::object& exchange) {
-    const dlpack::ExchangeApi* api = find_exchange(exchange.ptr());
-    set_torch({py::object(tensor_type).release().ptr(), py::object(uint8).release().ptr(),
-               py::object(int8).release().ptr(), py::object(from_dlpack).release().ptr(), api});
-    return api != nullptr;
-  }, py::arg("tensor_type"), py::arg("uint8"), py::arg("int8"), py::arg("from_dlpack"),
-             py::arg("exchange"));
+  module.def(
+      "set_torch",
+      [](const py::object& tensor_type, const py::object& uint8, const py::object& int8,
+         const py::object& from_dlpack, const py::object& exchange) {
+        const dlpack::ExchangeApi* api = find_exchange(exchange.ptr());
+        if (!set_torch(tensor_type.ptr(), uint8.ptr(), int8.ptr(), from_dlpack.ptr(), api))
+          throw py::error_already_set();
+        return api != nullptr;
+      },
+      py::arg("tensor_type"), py::arg("uint8"), py::arg("int8"), py::arg("from_dlpack"),
+      py::arg("exchange"));
   py::list dtypes;
   for (std::size_t i = 0; i < kDTypeCount; ++i) {
     dtypes.append(py::make_tuple(static_cast<std::uint16_t>(kDTypes[i].dtype), kDTypes[i].name,
@@ -261,11 +276,14 @@ void register_torch(py::module_& module) {
 }
 
 void register_checksum(py::module_& module) {
-  module.def("crc32c", [](const py::buffer& buffer, std::uint32_t value) {
-    const py::buffer_info bytes = buffer.request();
-    const py::gil_scoped_release no_gil;
-    return crc32c(value, bytes.ptr, static_cast<std::size_t>(bytes.size * bytes.itemsize));
-  }, py::arg("data"), py::arg("value") = 0);
+  module.def(
+      "crc32c",
+      [](const py::buffer& buffer, std::uint32_t value) {
+        const py::buffer_info bytes = buffer.request();
+        const py::gil_scoped_release no_gil;
+        return crc32c(value, bytes.ptr, static_cast<std::size_t>(bytes.size * bytes.itemsize));
+      },
+      py::arg("data"), py::arg("value") = 0);
   module.attr("CRC32C_IMPLEMENTATION") = crc32c_implementation();
 }
 
@@ -285,28 +303,25 @@ void register_plan(py::module_& module) {
 }
 
 void register_reader(py::module_& module) {
-  py::class_<Prefetch>(module, "Prefetch")
-      .def(py::init<const Reader&>(), py::arg("reader"))
-      .def("stop", &Prefetch::stop, py::call_guard<py::gil_scoped_release>());
   py::class_<Reader>(module, "Reader")
       .def(py::init(&open_reader), py::arg("path"), py::arg("mmap"))
-      .def_property_readonly("path", [](const Reader& self) { return self.file().path(); })
+      .def_property_readonly("path",
+                             [](const Reader& self) { return decode_path(self.file().path()); })
       .def_property_readonly("is_mapped",
                              [](const Reader& self) { return self.mapping() != nullptr; })
-      .def_property_readonly(
-          "version",
-          [](const Reader& self) {
-            const Preamble& preamble = self.header().preamble();
-            return std::make_pair(preamble.version_major, preamble.version_minor);
-          })
+      .def_property_readonly("version",
+                             [](const Reader& self) {
+                               const Preamble& preamble = self.header().preamble();
+                               return std::make_pair(preamble.version_major,
+                                                     preamble.version_minor);
+                             })
       .def_property_readonly("file_flags",
                              [](const Reader& self) { return self.header().preamble().flags; })
-      .def_property_readonly(
-          "file_bytes", [](const Reader& self) { return self.header().preamble().file_bytes; })
+      .def_property_readonly("file_bytes",
+                             [](const Reader& self) { return self.header().preamble().file_bytes; })
       .def_property_readonly(
           "header_bytes", [](const Reader& self) { return self.header().preamble().header_bytes; })
-      .def_property_readonly("devices",
-                             [](const Reader& self) { return self.header().devices(); })
+      .def_property_readonly("devices", [](const Reader& self) { return self.header().devices(); })
       .def_property_readonly("tensor_count",
                              [](const Reader& self) { return self.index().tensors.size(); })
       .def_property_readonly("storage_count",
@@ -318,13 +333,19 @@ void register_reader(py::module_& module) {
       .def("load", &load_all, py::arg("bases_only"))
       .def("base", &load_base, py::arg("storage"), py::arg("begin"), py::arg("end"))
       .def("find_damage", &find_damage);
+  py::class_<Prefetch>(module, "Prefetch")
+      .def(py::init<const Reader&>(), py::arg("reader"), py::keep_alive<1, 2>())
+      .def("stop", &Prefetch::stop, py::call_guard<py::gil_scoped_release>());
 }
 
 void register_file_systems(py::module_& module) {
-  module.def("file_system", [](const std::string& path) {
-    const FileSystem found = File(path).file_system();
-    return std::make_pair(std::string(found.name), found.maps_well);
-  }, py::arg("path"));
+  module.def(
+      "file_system",
+      [](const std::string& path) {
+        const FileSystem found = File(path).file_system();
+        return std::make_pair(std::string(found.name), found.maps_well);
+      },
+      py::arg("path"));
 }
 
 }  // namespace

@@ -16,8 +16,9 @@ namespace {
 
 constexpr std::uint32_t kPolynomial = 0x82F63B78U;
 
-// Polynomials over GF(2) modulo the CRC polynomial, highest power in the lowest bit. The CRC of a run
-// followed by n zero bytes is the run's CRC times x^(8n), which is what joins the CRCs of two runs.
+// Polynomials over GF(2) modulo the CRC polynomial, highest power in the lowest bit. The CRC of a
+// run followed by n zero bytes is the run's CRC times x^(8n), which is what joins the CRCs of two
+// runs.
 constexpr std::uint32_t multiply(std::uint32_t a, std::uint32_t b) {
   std::uint32_t product = 0;
   for (std::uint32_t bit = 0x80000000U; bit != 0; bit >>= 1U) {
@@ -37,7 +38,8 @@ constexpr std::uint32_t power_of_x8(std::uint64_t bytes) {
   return result;
 }
 
-// Eight tables of 256: table k advances a byte past k more bytes, so eight bytes take eight look-ups.
+// Eight tables of 256: table k advances a byte past k more bytes, so eight bytes take eight
+// look-ups.
 using Slices = std::array<std::array<std::uint32_t, 256>, 8>;
 
 Slices make_slices() {

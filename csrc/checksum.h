@@ -1,5 +1,5 @@
-// CRC32C (Castagnoli, reflected polynomial 0x82F63B78; RFC 3720 appendix B.4), the checksum of every
-// storage and of the header. Hardware instructions are chosen at run time.
+// CRC32C (Castagnoli, reflected polynomial 0x82F63B78; RFC 3720 appendix B.4), the checksum of
+// every storage and of the header. Hardware instructions are chosen at run time.
 #pragma once
 
 #include <cstddef>

@@ -66,8 +66,8 @@ struct ManagedTensorVersioned {
   Tensor dl_tensor;
 };
 
-// DLPackExchangeAPI, found in the capsule `torch.Tensor.__dlpack_c_exchange_api__`. Functions return 0,
-// or -1 with a Python exception set; members that fastsd never calls are untyped.
+// DLPackExchangeAPI, found in the capsule `torch.Tensor.__dlpack_c_exchange_api__`. Functions
+// return 0, or -1 with a Python exception set; members that fastsd never calls are untyped.
 struct ExchangeApi {
   Version version;
   void* prev_api;

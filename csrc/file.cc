@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -16,10 +17,6 @@
 #include <vector>
 
 #include "error.h"
-
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22
-#endif
 
 namespace fastsd {
 namespace {
@@ -40,7 +37,7 @@ auto retry(Call call) {
 }
 
 FileSystem file_system_of(int fd, const std::string& path) {
-  struct statfs status {};
+  struct statfs status{};
   if (retry([&] { return ::fstatfs(fd, &status); }) != 0) fail(path);
   return find_file_system(static_cast<std::uint64_t>(status.f_type) & 0xFFFFFFFFU);
 }
@@ -54,7 +51,8 @@ std::string resolve_link(const std::string& path) {
     const std::string next(target, static_cast<std::size_t>(bytes));
     const std::size_t slash = current.rfind('/');
     const bool is_relative = next.empty() || next[0] != '/';
-    current = is_relative && slash != std::string::npos ? current.substr(0, slash + 1) + next : next;
+    current =
+        is_relative && slash != std::string::npos ? current.substr(0, slash + 1) + next : next;
   }
   fail(path, ELOOP);
 }
@@ -91,17 +89,28 @@ FileSystem find_file_system(std::uint64_t type) {
   };
   // linux/magic.h, and the file systems' own sources for those that are not in the kernel.
   static constexpr Entry entries[] = {
-      {0xEF53, {"ext", true, true}},           {0x58465342, {"xfs", true, true}},
-      {0x01021994, {"tmpfs", true, false}},    {0x9123683E, {"btrfs", true, false}},
-      {0x794C7630, {"overlayfs", true, false}}, {0x2FC12FC1, {"zfs", true, false}},
-      {0x6969, {"nfs", false, false}},         {0x517B, {"smb", false, false}},
-      {0xFF534D42, {"cifs", false, false}},    {0xFE534D42, {"smb2", false, false}},
-      {0x0BD00BD0, {"lustre", false, false}},  {0x65735546, {"fuse", false, false}},
-      {0x01021997, {"9p", false, false}},      {0x00C36400, {"ceph", false, false}},
-      {0x47504653, {"gpfs", false, false}},    {0x19830326, {"beegfs", false, false}},
-      {0x5346414F, {"afs", false, false}},     {0x73757245, {"coda", false, false}},
-      {0x7461636F, {"ocfs2", false, false}},   {0x01161970, {"gfs2", false, false}},
-      {0x20030528, {"orangefs", false, false}}, {0x564C, {"ncp", false, false}},
+      {0xEF53, {"ext", true, true}},
+      {0x58465342, {"xfs", true, true}},
+      {0x01021994, {"tmpfs", true, false}},
+      {0x9123683E, {"btrfs", true, false}},
+      {0x794C7630, {"overlayfs", true, false}},
+      {0x2FC12FC1, {"zfs", true, false}},
+      {0x6969, {"nfs", false, false}},
+      {0x517B, {"smb", false, false}},
+      {0xFF534D42, {"cifs", false, false}},
+      {0xFE534D42, {"smb2", false, false}},
+      {0x0BD00BD0, {"lustre", false, false}},
+      {0x65735546, {"fuse", false, false}},
+      {0x01021997, {"9p", false, false}},
+      {0x00C36400, {"ceph", false, false}},
+      {0x47504653, {"gpfs", false, false}},
+      {0x19830326, {"beegfs", false, false}},
+      {0x5346414F, {"afs", false, false}},
+      {0x73757245, {"coda", false, false}},
+      {0x7461636F, {"ocfs2", false, false}},
+      {0x01161970, {"gfs2", false, false}},
+      {0x20030528, {"orangefs", false, false}},
+      {0x564C, {"ncp", false, false}},
   };
   for (const Entry& entry : entries) {
     if (entry.type == type) return entry.file_system;
@@ -130,15 +139,16 @@ int Descriptor::release() {
 
 File::File(const std::string& path) : path_(path) {
   // O_NONBLOCK: a FIFO is refused below rather than waited for.
-  descriptor_ = Descriptor(
-      retry([&] { return ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); }));
+  descriptor_ =
+      Descriptor(retry([&] { return ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); }));
   if (descriptor_.get() < 0) fail(path);
-  struct stat status {};
+  struct stat status{};
   if (::fstat(descriptor_.get(), &status) != 0) fail(path);
   if (S_ISDIR(status.st_mode)) fail(path, EISDIR);
   if (!S_ISREG(status.st_mode)) {
-    throw Error(Failure::kUnsupported, "not a regular file: it can be neither mapped nor read at "
-                                       "offsets; open it in Python and pass the file object",
+    throw Error(Failure::kUnsupported,
+                "not a regular file: it can be neither mapped nor read at "
+                "offsets; open it in Python and pass the file object",
                 path);
   }
   bytes_ = static_cast<std::uint64_t>(status.st_size);
@@ -147,9 +157,7 @@ File::File(const std::string& path) : path_(path) {
 FileSystem File::file_system() const { return file_system_of(descriptor_.get(), path_); }
 
 void File::read_at(void* target, std::size_t bytes, std::uint64_t offset) const {
-  struct iovec piece {
-    target, bytes
-  };
+  struct iovec piece{target, bytes};
   read_pieces(&piece, 1, offset);
 }
 
@@ -191,6 +199,25 @@ void File::read_pieces(struct iovec* pieces, std::size_t count, std::uint64_t of
   }
 }
 
+bool File::is_cached() const {
+  // cachestat(2), since Linux 6.5; declared here as C libraries do not have it yet.
+  struct {
+    std::uint64_t begin, bytes;
+  } range{0, 0};  // all of the file
+  struct {
+    std::uint64_t cached, dirty, writeback, evicted, recently_evicted;
+  } pages{};
+  constexpr long cachestat_number = 451;
+  if (::syscall(cachestat_number, descriptor_.get(), &range, &pages, 0) != 0) return false;
+  const auto page_bytes = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  return pages.cached >= (bytes_ + page_bytes - 1) / page_bytes;
+}
+
+void File::read_ahead(std::uint64_t begin, std::uint64_t bytes) const {
+  ::posix_fadvise(descriptor_.get(), static_cast<off_t>(begin), static_cast<off_t>(bytes),
+                  POSIX_FADV_WILLNEED);
+}
+
 // ---- Memory ----
 
 std::shared_ptr<Memory> Memory::map(const File& file, std::uint64_t bytes) {
@@ -203,7 +230,7 @@ std::shared_ptr<Memory> Memory::map(const File& file, std::uint64_t bytes) {
 }
 
 std::shared_ptr<Memory> Memory::allocate(std::uint64_t bytes) {
-  const bool is_large = bytes >= 2 * kHugePageBytes;
+  const bool is_large = bytes >= kHugePageBytes;
   void* address = nullptr;
   const int error = ::posix_memalign(&address, is_large ? kHugePageBytes : kMemoryAlignBytes,
                                      std::max<std::size_t>(bytes, kMemoryAlignBytes));
@@ -221,15 +248,6 @@ Memory::~Memory() {
   }
 }
 
-void Memory::populate(std::uint64_t begin, std::uint64_t bytes) const {
-  constexpr std::uint64_t page_bytes = 4096;
-  const std::uint64_t first = begin / page_bytes * page_bytes;
-  const std::uint64_t end = std::min(begin + bytes, bytes_);
-  if (first >= end) return;
-  if (::madvise(data_ + first, end - first, MADV_POPULATE_READ) != 0)
-    ::madvise(data_ + first, end - first, MADV_WILLNEED);
-}
-
 // ---- AtomicFile ----
 
 AtomicFile::AtomicFile(const std::string& path) : path_(path) {
@@ -242,7 +260,7 @@ AtomicFile::AtomicFile(const std::string& path) : path_(path) {
       retry([&] { return ::open(directory.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC); }));
   if (directory_.get() < 0) fail(path);
   file_system_ = file_system_of(directory_.get(), path);
-  struct stat status {};
+  struct stat status{};
   const bool exists = ::fstatat(directory_.get(), name_.c_str(), &status, 0) == 0;
   if (!exists && errno != ENOENT) fail(path);
   if (exists && S_ISDIR(status.st_mode)) fail(path, EISDIR);
@@ -306,9 +324,7 @@ void AtomicFile::write_at(struct iovec* pieces, std::size_t count, std::uint64_t
 }
 
 void AtomicFile::write_at(const void* source, std::size_t bytes, std::uint64_t offset) {
-  struct iovec piece {
-    const_cast<void*>(source), bytes
-  };
+  struct iovec piece{const_cast<void*>(source), bytes};
   write_at(&piece, 1, offset);
 }
 
@@ -336,8 +352,8 @@ void AtomicFile::commit(bool durable) {
     fail(path_);
   hidden_name_.clear();
   if (!durable) return;
-  const Descriptor directory(retry(
-      [&] { return ::openat(directory_.get(), ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
+  const Descriptor directory(
+      retry([&] { return ::openat(directory_.get(), ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
   if (directory.get() < 0) fail(path_);
   sync(directory.get(), path_);
 }

@@ -11,10 +11,11 @@
 
 namespace fastsd {
 
-// What fastsd needs to know of a file system. Types that are not in the table (file.cc) count as local.
+// What fastsd needs to know of a file system. Types that are not in the table (file.cc) count as
+// local.
 struct FileSystem {
   const char* name;
-  bool maps_well;   // mapping is quick, and safe while others change the file
+  bool maps_well;     // mapping is quick, and safe while others change the file
   bool preallocates;  // fallocate() makes buffered writes faster, and O_DIRECT is worth it
 };
 
@@ -50,8 +51,8 @@ class File {
   // Fills `target`; throws kTruncated if the file ends first.
   void read_at(void* target, std::size_t bytes, std::uint64_t offset) const;
 
-  // Fills each of `count` > 0 pieces, which ascend in the file, with few calls: what lies between them
-  // is read too, and thrown away, where that is at most kGapBytesMax.
+  // Fills each of `count` > 0 pieces, which ascend in the file, with few calls: what lies between
+  // them is read too, and thrown away, where that is at most kGapBytesMax.
   struct Piece {
     std::byte* target;
     std::uint64_t bytes;
@@ -59,6 +60,12 @@ class File {
   };
   void read_run(const Piece* pieces, std::size_t count) const;
   static constexpr std::size_t kGapBytesMax = 4096;
+
+  // Whether all of the file is known to be in the page cache.
+  bool is_cached() const;
+
+  // Starts to bring [begin, begin + bytes) into the page cache. A hint.
+  void read_ahead(std::uint64_t begin, std::uint64_t bytes) const;
 
   int descriptor() const { return descriptor_.get(); }
 
@@ -70,8 +77,8 @@ class File {
   std::uint64_t bytes_ = 0;
 };
 
-// A run of memory that is given back when the last owner drops it. Pages of a mapped file are private:
-// writing to them changes neither the file nor other mappings.
+// A run of memory that is given back when the last owner drops it. Pages of a mapped file are
+// private: writing to them changes neither the file nor other mappings.
 class Memory {
  public:
   // Maps the first `bytes` bytes of the file.
@@ -85,10 +92,6 @@ class Memory {
   ~Memory();
 
   std::byte* data() const { return data_; }
-
-  // Asks the system to bring [begin, begin + bytes) of a mapped file into the page tables. A hint:
-  // what the system cannot do is left for the first access to do.
-  void populate(std::uint64_t begin, std::uint64_t bytes) const;
 
  private:
   Memory(std::byte* data, std::uint64_t bytes, bool is_mapped)
@@ -105,12 +108,12 @@ struct Bytes {
   std::shared_ptr<const void> owner;
 };
 
-// A file that appears under its name all at once, or not at all. Until commit() its bytes are in a file
-// without a name where the system has those, so that even a killed process leaves nothing behind, and in
-// a hidden one beside the target elsewhere.
+// A file that appears under its name all at once, or not at all. Until commit() its bytes are in a
+// file without a name where the system has those, so that even a killed process leaves nothing
+// behind, and in a hidden one beside the target elsewhere.
 //
-// An existing target keeps its mode and, where permitted, its owner; if it is a symbolic link, what the
-// link points to is replaced.
+// An existing target keeps its mode and, where permitted, its owner; if it is a symbolic link, what
+// the link points to is replaced.
 class AtomicFile {
  public:
   // Throws if the target exists and is not a regular file or not writable.
@@ -122,8 +125,8 @@ class AtomicFile {
   // Allocates the file's blocks where that helps; throws early if there are too few.
   void reserve(std::uint64_t bytes);
 
-  // Tries to bypass the page cache. From then on offsets, lengths and addresses given to write_at() are
-  // multiples of kDirectAlignBytes. Returns whether the file system can.
+  // Tries to bypass the page cache. From then on offsets, lengths and addresses given to write_at()
+  // are multiples of kDirectAlignBytes. Returns whether the file system can.
   bool bypass_cache();
   static constexpr std::size_t kDirectAlignBytes = 4096;
 

@@ -16,8 +16,8 @@ std::string number(std::uint64_t value) { return std::to_string(value); }
 
 [[noreturn]] void reject(const std::string& detail) { throw Error(Failure::kFormat, detail); }
 [[noreturn]] void exceed(const std::string& what, std::uint64_t value, std::uint64_t limit) {
-  throw Error(Failure::kLimit, what + " is " + number(value) + ", more than the format's limit of " +
-                                   number(limit));
+  throw Error(Failure::kLimit,
+              what + " is " + number(value) + ", more than the format's limit of " + number(limit));
 }
 
 [[noreturn]] void refuse_unknown(const std::string& record) {
@@ -181,7 +181,8 @@ void check_same_as(const TensorRecord& tensor, std::size_t i, const Index& index
                    const std::string& label) {
   if (tensor.same_as == i) return;
   if (tensor.same_as > i || index.tensors[tensor.same_as].same_as != tensor.same_as)
-    reject(label + " is the same as tensor " + number(tensor.same_as) + ", not an earlier original");
+    reject(label + " is the same as tensor " + number(tensor.same_as) +
+           ", not an earlier original");
   const TensorRecord& original = index.tensors[tensor.same_as];
   const std::int64_t* dims = index.dims.data();
   const bool is_equal =
@@ -190,7 +191,8 @@ void check_same_as(const TensorRecord& tensor, std::size_t i, const Index& index
       tensor.rank == original.rank &&
       std::equal(dims + tensor.dims_offset, dims + tensor.dims_offset + 2 * tensor.rank,
                  dims + original.dims_offset);
-  if (!is_equal) reject(label + " differs from tensor " + number(tensor.same_as) + ", its original");
+  if (!is_equal)
+    reject(label + " differs from tensor " + number(tensor.same_as) + ", its original");
 }
 
 // Names and dimensions are used up in the order of the tensors, to the last byte. Every storage but
@@ -231,8 +233,8 @@ void check_tensors(const Index& index) {
     reject("no tensor lies in storage " + number(std::uint64_t(unreached - is_reached.begin())));
 }
 
-// Open addressing, with few probes on honest names. Names made to collide fall back to sorting, so the
-// time stays below O(n log n) whatever they are.
+// Open addressing, with few probes on honest names. Names made to collide fall back to sorting, so
+// the time stays below O(n log n) whatever they are.
 bool names_are_unique(const Index& index) {
   constexpr std::size_t probes_max = 64;
   std::size_t slots = 16;
@@ -374,10 +376,10 @@ Preamble decode_preamble(const void* bytes, std::size_t count, std::uint64_t fil
                                          number(sizeof preamble));
   }
   if (preamble.version_major != kVersionMajor) {
-    throw Error(Failure::kVersion,
-                "the file has format version " + number(preamble.version_major) + "." +
-                    number(preamble.version_minor) + "; this release reads version " +
-                    number(kVersionMajor) + ".x");
+    throw Error(Failure::kVersion, "the file has format version " + number(preamble.version_major) +
+                                       "." + number(preamble.version_minor) +
+                                       "; this release reads version " + number(kVersionMajor) +
+                                       ".x");
   }
   if ((preamble.flags & kFileFlagsRequired) != 0) {
     throw Error(Failure::kVersion, "the file needs features of a newer release (flags " +

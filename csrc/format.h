@@ -1,6 +1,6 @@
 // The container's bytes: its records, how they are encoded and decoded, and what a reader rejects.
-// docs/FORMAT.md is the normative text; this file and format.cc implement all of it. They know no file
-// and no Python.
+// docs/FORMAT.md is the normative text; this file and format.cc implement all of it. They know no
+// file and no Python.
 #pragma once
 
 #include <cstddef>
@@ -97,12 +97,13 @@ struct StorageRecord {
 };
 
 struct TensorRecord {
-  std::uint64_t name_offset;     // in the names section
-  std::uint64_t dims_offset;     // in the dims section, in numbers: `rank` sizes, then `rank` strides
+  std::uint64_t name_offset;  // in the names section
+  std::uint64_t dims_offset;  // in the dims section, in numbers: `rank` sizes, then `rank` strides
   std::uint64_t storage_offset;  // of the first element, in items of the dtype
   std::uint32_t name_bytes;
   std::uint32_t storage;
-  std::uint32_t same_as;  // the first tensor record that is the same object; its own number if it is
+  std::uint32_t
+      same_as;  // the first tensor record that is the same object; its own number if it is
   std::uint16_t dtype;
   std::uint16_t flags;
   std::uint32_t rank;
@@ -168,7 +169,8 @@ struct HeaderContent {
 // The size of the header that encode_header() makes. Throws kLimit.
 std::uint64_t encoded_header_bytes(const HeaderContent& content);
 
-// Gives each storage its place in the file, after a header of `header_bytes`; returns the file's size.
+// Gives each storage its place in the file, after a header of `header_bytes`; returns the file's
+// size.
 std::uint64_t place_storages(std::vector<StorageRecord>& storages, std::uint64_t header_bytes);
 
 // REQUIRES: the storages have been placed and carry their checksums.
@@ -176,9 +178,9 @@ std::string encode_header(const HeaderContent& content);
 
 // ---- Decoding ----
 
-// Checks what the first 48 bytes alone can tell; `bytes` holds `count` of them, fewer if the file is
-// shorter. Returns them with header_bytes known to lie within the file and its limit.
-// Throws kFormat, kVersion, kTruncated or kLimit.
+// Checks what the first 48 bytes alone can tell; `bytes` holds `count` of them, fewer if the file
+// is shorter. Returns them with header_bytes known to lie within the file and its limit. Throws
+// kFormat, kVersion, kTruncated or kLimit.
 Preamble decode_preamble(const void* bytes, std::size_t count, std::uint64_t file_bytes);
 
 // A validated header, with the memory that it lies in.
@@ -186,9 +188,9 @@ class Header {
  public:
   Header() = default;
 
-  // REQUIRES: decode_preamble() accepted these bytes, of which `preamble.header_bytes` are given, in
-  // memory aligned to 8. Throws Error unless every rule of docs/FORMAT.md that can be checked without
-  // the data section holds.
+  // REQUIRES: decode_preamble() accepted these bytes, of which `preamble.header_bytes` are given,
+  // in memory aligned to 8. Throws Error unless every rule of docs/FORMAT.md that can be checked
+  // without the data section holds.
   static Header decode(std::unique_ptr<std::uint64_t[]> bytes, const Preamble& preamble);
 
   const Preamble& preamble() const { return preamble_; }

@@ -17,8 +17,8 @@ std::uint64_t distance(const std::byte* from, const std::byte* to) {
   return static_cast<std::uint64_t>(to - from);
 }
 
-// Zero bytes to put before a storage so that each member starts at a whole item of its dtype, as torch
-// demands of tensors that share a storage; nothing if no number of bytes does.
+// Zero bytes to put before a storage so that each member starts at a whole item of its dtype, as
+// torch demands of tensors that share a storage; nothing if no number of bytes does.
 template <class Members, class ItemBytes>
 std::optional<std::uint64_t> leading_bytes(const Members& members, const std::byte* base,
                                            ItemBytes item_bytes) {
@@ -33,6 +33,13 @@ std::optional<std::uint64_t> leading_bytes(const Members& members, const std::by
 }
 
 }  // namespace
+
+void Plan::reserve(std::size_t tensors) {
+  tensors_.reserve(tensors);
+  views_.reserve(tensors);
+  dims_.reserve(4 * tensors);
+  names_.reserve(32 * tensors);
+}
 
 void Plan::add(const View& view, const std::int64_t* dims) {
   const auto refuse = [&](const std::string& why) {
@@ -94,6 +101,7 @@ std::vector<Plan::Member> Plan::list_members() {
 void Plan::finish() {
   members_ = list_members();
   storages_.reserve(tensors_.size());
+  sources_.reserve(tensors_.size());
   for (std::size_t first = 0; first < members_.size();) {
     std::size_t next = first + 1;
     for (const std::byte* end = members_[first].end;
@@ -112,6 +120,7 @@ void Plan::finish() {
 // Makes one storage of views that overlap.
 void Plan::add_storage(const Member* first, std::size_t count) {
   const Span<Member> members(first, count);
+  const auto storage = static_cast<std::uint32_t>(storages_.size());
   const auto item_bytes = [&](const Member& member) {
     return std::uint64_t{find_dtype(tensors_[member.tensor].dtype)->item_bytes};
   };
@@ -131,8 +140,8 @@ void Plan::add_storage(const Member* first, std::size_t count) {
   }
   const auto lead = leading_bytes(members, base, item_bytes);
   if (!lead) {
-    // Overlapping views at odd distances exist only where memory was wrapped by hand, and not even torch
-    // can put them into one storage: each gets its own.
+    // Overlapping views at odd distances exist only where memory was wrapped by hand, and not even
+    // torch can put them into one storage: each gets its own.
     for (const Member& member : members) {
       TensorRecord& tensor = tensors_[member.tensor];
       if (tensor.same_as == member.tensor) add_storage(&member, 1);
@@ -140,7 +149,6 @@ void Plan::add_storage(const Member* first, std::size_t count) {
     }
     return;
   }
-  const auto storage = static_cast<std::uint32_t>(storages_.size());
   Source source;
   source.data = base - *lead;
   source.is_gapless = covered == end && *lead == 0;
@@ -172,9 +180,13 @@ void Plan::add_empty_storages() {
   }
 }
 
-// Storages were found by address; in the file they lie in the order in which the tensors use them, so
-// that reading a dictionary in its order reads the file in its order.
+// Storages were found by address; in the file they lie in the order in which the tensors use them,
+// so that reading a dictionary in its order reads the file in its order.
 void Plan::number_by_first_use() {
+  const auto by_storage = [](const TensorRecord& a, const TensorRecord& b) {
+    return a.storage < b.storage;
+  };
+  if (std::is_sorted(tensors_.begin(), tensors_.end(), by_storage)) return;
   std::vector<std::uint32_t> number(storages_.size(), kUnassigned);
   std::vector<StorageRecord> storages;
   std::vector<Source> sources;

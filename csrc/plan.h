@@ -25,19 +25,23 @@ struct View {
   std::uint32_t rank;
 };
 
-// An archive about to be written. Storages are the unions of views that overlap in memory, in the order
-// of their first views; each has the bytes from the first reachable one to the last. A storage of views
-// that leave gaps is written with zeros there, so that bytes which no tensor can reach stay private.
+// An archive about to be written. Storages are the unions of views that overlap in memory, in the
+// order of their first views; each has the bytes from the first reachable one to the last. A
+// storage of views that leave gaps is written with zeros there, so that bytes which no tensor can
+// reach stay private.
 class Plan {
  public:
   std::uint32_t file_flags = 0;
   std::vector<std::string> devices;
   std::vector<std::pair<Section, std::string>> sections;
 
+  void reserve(std::size_t tensors);
+
   // `dims`: the view's sizes, then its strides. Throws kUnsupported, naming the tensor.
   void add(const View& view, const std::int64_t* dims);
 
-  // Finds the storages and their places. Called once, after the last add() and with all members set.
+  // Finds the storages and their places. Called once, after the last add() and with all members
+  // set.
   void finish();
 
   std::uint64_t header_bytes() const { return header_bytes_; }
@@ -45,8 +49,8 @@ class Plan {
   std::vector<StorageRecord>& storages() { return storages_; }
   const std::vector<StorageRecord>& storages() const { return storages_; }
 
-  // The bytes [begin, end) of a storage, if they can be taken from memory as they are; otherwise nullptr,
-  // and fill() makes them.
+  // The bytes [begin, end) of a storage, if they can be taken from memory as they are; otherwise
+  // nullptr, and fill() makes them.
   const std::byte* bytes_in_place(std::size_t storage, std::uint64_t begin) const;
   void fill(std::size_t storage, std::uint64_t begin, std::uint64_t end, std::byte* target) const;
 

@@ -1,10 +1,8 @@
 #include "reader.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <system_error>
-#include <thread>
 
 #include "checksum.h"
 #include "error.h"
@@ -12,7 +10,7 @@
 namespace fastsd {
 namespace {
 
-// What one thread reads, verifies or populates at a time.
+// What one thread reads or verifies at a time.
 constexpr std::uint64_t kStepBytes = std::uint64_t{4} << 20U;
 
 // Less work than this is done by the calling thread alone: starting others would take longer.
@@ -34,8 +32,8 @@ Reader::Reader(const std::string& path, Access access) : file_(path) {
 }
 
 void Reader::read_header(Access access) {
-  // The header is read, not mapped: what has been validated must not change afterwards. Most headers
-  // come with the first read.
+  // The header is read, not mapped: what has been validated must not change afterwards. Most
+  // headers come with the first read.
   constexpr std::size_t first_bytes_max = 16384;
   alignas(8) unsigned char first[first_bytes_max];
   const auto first_bytes =
@@ -136,8 +134,8 @@ std::vector<std::size_t> Reader::find_damage(const Interrupt& interrupt) const {
     const Step& step = steps[i];
     const std::uint64_t offset = tables.storages[step.storage].offset + step.begin;
     const std::uint64_t bytes = step.end - step.begin;
-    // Read even where the file is mapped: what is verified is the file, not pages edited in memory, and
-    // a file that shrinks meanwhile is an error rather than a signal.
+    // Read even where the file is mapped: what is verified is the file, not pages edited in memory,
+    // and a file that shrinks meanwhile is an error rather than a signal.
     if (!slabs[worker]) slabs[worker].reset(new std::byte[kStepBytes]);
     file_.read_at(slabs[worker].get(), bytes, offset);
     parts[i] = crc32c(0, slabs[worker].get(), bytes);
@@ -162,8 +160,8 @@ void Reader::check_padding() const {
     const std::uint64_t bytes = storage.offset - end;
     if (bytes > 0) file_.read_at(padding, bytes, end);
     if (std::any_of(padding, padding + bytes, [](std::byte b) { return b != std::byte{0}; })) {
-      throw Error(Failure::kFormat, "the padding before byte " + std::to_string(storage.offset) +
-                                        " is not zero",
+      throw Error(Failure::kFormat,
+                  "the padding before byte " + std::to_string(storage.offset) + " is not zero",
                   file_.path());
     }
     end = storage.offset + storage.bytes;
@@ -172,37 +170,26 @@ void Reader::check_padding() const {
 
 // ---- Prefetch ----
 
-struct Prefetch::State {
-  std::shared_ptr<Memory> mapping;
-  std::uint64_t begin;
-  std::uint64_t end;
-  std::atomic<bool> is_stopped{false};
-  std::thread thread;
-
-  void run() {
-    for (std::uint64_t at = begin; at < end && !is_stopped; at += kStepBytes)
-      mapping->populate(at, std::min(kStepBytes, end - at));
-  }
-};
-
 Prefetch::Prefetch(const Reader& reader) {
   const Preamble& preamble = reader.header().preamble();
-  if (!reader.mapping() || preamble.file_bytes - preamble.header_bytes < kParallelBytesMin) return;
-  state_ = std::make_unique<State>();
-  state_->mapping = reader.mapping();
-  state_->begin = preamble.header_bytes;
-  state_->end = preamble.file_bytes;
+  const std::uint64_t begin = preamble.header_bytes;
+  const std::uint64_t end = preamble.file_bytes;
+  const File& file = reader.file();
+  if (!reader.mapping() || end - begin < kParallelBytesMin || file.is_cached()) return;
   try {
-    state_->thread = std::thread([state = state_.get()] { state->run(); });
+    thread_ = std::thread([this, &file, begin, end] {
+      for (std::uint64_t at = begin; at < end && !is_stopped_; at += kStepBytes)
+        file.read_ahead(at, std::min(kStepBytes, end - at));
+    });
   } catch (const std::system_error&) {
     // No thread to be had: pages come when they are touched.
   }
 }
 
 void Prefetch::stop() {
-  if (!state_ || !state_->thread.joinable()) return;
-  state_->is_stopped = true;
-  state_->thread.join();
+  if (!thread_.joinable()) return;
+  is_stopped_ = true;
+  thread_.join();
 }
 
 Prefetch::~Prefetch() { stop(); }

@@ -1,10 +1,12 @@
 // From an opened container to memory: mapped, or read in parallel.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "file.h"
@@ -51,8 +53,10 @@ class Reader {
   std::shared_ptr<Memory> mapping_;
 };
 
-// Threads that bring the mapped data into the page tables, in the order of the file, while another
-// thread uses it. Stops when told to, or destroyed.
+// A thread that brings a mapped file's data from the device into the page cache, in the order of
+// the file and ahead of another thread that uses it. If all of it is there already there is nothing
+// to do: a second thread in the page tables would only be in the way. Stops when told to, or
+// destroyed. REQUIRES: the reader outlives it.
 class Prefetch {
  public:
   explicit Prefetch(const Reader& reader);
@@ -63,8 +67,8 @@ class Prefetch {
   void stop();
 
  private:
-  struct State;
-  std::unique_ptr<State> state_;
+  std::atomic<bool> is_stopped_{false};
+  std::thread thread_;
 };
 
 }  // namespace fastsd

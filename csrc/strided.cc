@@ -110,8 +110,7 @@ void copy_reachable(const Strided& view, const std::byte* source, std::uint64_t 
   }
   walk.inner_bytes.assign(walk.steps.size() + 1, run);
   for (std::size_t i = walk.steps.size(); i-- > 0;) {
-    walk.inner_bytes[i] =
-        walk.inner_bytes[i + 1] + (walk.steps[i].count - 1) * walk.steps[i].bytes;
+    walk.inner_bytes[i] = walk.inner_bytes[i + 1] + (walk.steps[i].count - 1) * walk.steps[i].bytes;
   }
   if (*extent_bytes(view) > 0) walk.visit(0, 0);
 }

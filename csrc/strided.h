@@ -22,8 +22,8 @@ std::optional<std::uint64_t> extent_bytes(const Strided& view);
 // Whether every byte of the extent is reachable. REQUIRES: extent_bytes(view) has a value > 0.
 bool is_gapless(const Strided& view);
 
-// Copies the reachable bytes among [begin, end) of the extent, which starts at `source`, to the same
-// places of `target`, which stands for `begin`. Other bytes of `target` stay as they are.
+// Copies the reachable bytes among [begin, end) of the extent, which starts at `source`, to the
+// same places of `target`, which stands for `begin`. Other bytes of `target` stay as they are.
 // REQUIRES: extent_bytes(view) has a value, and end does not exceed it.
 void copy_reachable(const Strided& view, const std::byte* source, std::uint64_t begin,
                     std::uint64_t end, std::byte* target);

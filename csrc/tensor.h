@@ -1,8 +1,9 @@
-// torch.Tensor objects from memory and back, through DLPack's exchange table: no torch at build time, no
-// libtorch linked, and a third of a microsecond a tensor (docs/ARCHITECTURE.md, "Tensors").
+// torch.Tensor objects from memory and back, through DLPack's exchange table: no torch at build
+// time, no libtorch linked, and a third of a microsecond a tensor (docs/ARCHITECTURE.md,
+// "Tensors").
 //
-// All functions need the GIL. Those that return a PyObject* return a new reference, or nullptr with a
-// Python exception set.
+// All functions need the GIL. Those that return a PyObject* return a new reference, or nullptr with
+// a Python exception set.
 #pragma once
 
 #include <Python.h>
@@ -17,32 +18,28 @@
 
 namespace fastsd {
 
-// What torch lends. Set once, before any other call; references are kept for ever.
-struct Torch {
-  PyObject* tensor_type = nullptr;         // torch.Tensor
-  PyObject* uint8 = nullptr;               // torch.uint8 and torch.int8: narrower integers claim
-  PyObject* int8 = nullptr;                // the same DLPack types
-  PyObject* from_dlpack = nullptr;         // torch.utils.dlpack.from_dlpack
-  const dlpack::ExchangeApi* exchange = nullptr;  // nullptr: an older torch, which has only from_dlpack
-};
-void set_torch(const Torch& torch);
+// Called once, before anything else. `uint8` and `int8` are torch's dtypes, under whose DLPack
+// types torch exports narrower integers too; `from_dlpack` is for an older torch, for which
+// `exchange` is nullptr. Returns false with a Python exception set.
+bool set_torch(PyObject* tensor_type, PyObject* uint8, PyObject* int8, PyObject* from_dlpack,
+               const dlpack::ExchangeApi* exchange);
 
-// The exchange table in torch.Tensor.__dlpack_c_exchange_api__; nullptr, without an exception, if it has a
-// version that is not known here.
+// The exchange table in torch.Tensor.__dlpack_c_exchange_api__; nullptr, without an exception, if
+// it has a version that is not known here.
 const dlpack::ExchangeApi* find_exchange(PyObject* capsule);
 
-// A tensor over memory, which lives as long as the tensor. The tensor has a torch storage of its own.
-// REQUIRES: dtype.in_dlpack, and the view fits the memory.
+// A tensor over memory, which lives as long as the tensor. The tensor has a torch storage of its
+// own. REQUIRES: dtype.in_dlpack, and the view fits the memory.
 PyObject* make_tensor(const Bytes& bytes, const DTypeInfo& dtype, std::uint32_t rank,
                       const std::int64_t* shape, const std::int64_t* stride);
 
-// A plain tensor: exactly torch.Tensor, strided, in CPU memory, of a DLPack dtype, with no flag that a file
-// records. Everything else is for Python to describe.
+// A plain tensor: exactly torch.Tensor, strided, in CPU memory, of a DLPack dtype, with no flag
+// that a file records. Everything else is for Python to describe.
 struct PlainTensor {
   const std::byte* data;
   const DTypeInfo* dtype;
   std::uint32_t rank;
-  const std::int64_t* shape;   // these two live as long as the tensor
+  const std::int64_t* shape;  // these two live as long as the tensor
   const std::int64_t* stride;
 };
 
@@ -52,9 +49,9 @@ bool describe_plain(PyObject* tensor, PlainTensor* plain);
 // What load() starts from: the tensors by name, in file order.
 struct LoadedTensors {
   PyObject* by_name = nullptr;  // dict; None for each tensor listed in `rest`
-  PyObject* rest = nullptr;     // list of tensor numbers that need more than DLPack: those that share a
-                                // storage, carry flags, are meta, or have a dtype that DLPack lacks
-  PyObject* bases = nullptr;    // dict: storage number -> uint8 tensor of all its bytes, for the rest
+  PyObject* rest = nullptr;   // list of tensor numbers that need more than DLPack: those that share
+                              // a storage, carry flags, are meta, or have a dtype that DLPack lacks
+  PyObject* bases = nullptr;  // dict: storage number -> uint8 tensor of all its bytes, for the rest
 };
 
 // `bytes`: of each storage. `is_all_rest`: makes no tensor but the bases.

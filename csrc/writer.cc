@@ -12,17 +12,21 @@
 namespace fastsd {
 namespace {
 
-// The file is written in windows that start at multiples of their size: the page cache then holds it in
-// huge folios, which later maps with a page-table entry for each 2 MiB rather than each 4 KiB.
-constexpr std::uint64_t kWindowBytes = std::uint64_t{8} << 20U;
+// The file is written in windows that start at multiples of their size: the page cache then holds
+// it in huge folios, which later maps with a page-table entry for each 2 MiB rather than each 4
+// KiB. A window stays in the processor's cache between being checksummed and being written.
+constexpr std::uint64_t kBufferedWindowBytes = std::uint64_t{2} << 20U;
+constexpr std::uint64_t kDirectWindowBytes = std::uint64_t{8} << 20U;
 
-// Writers of one inode wait for each other, so a second thread is there to checksum the next window while
-// the first is written. Direct writes do not wait, and a device likes several.
+// Writers of one inode wait for each other, so a second thread is there to checksum the next window
+// while the first is written. Direct writes do not wait, and a device likes several.
 constexpr std::size_t kBufferedThreads = 2;
 constexpr std::size_t kDirectThreads = 4;
-static_assert(kDirectThreads * kWindowBytes < kWriteMemoryBytes);
+static_assert(kDirectThreads * kDirectWindowBytes < kWriteMemoryBytes);
+static_assert(kBufferedThreads * kBufferedWindowBytes < kWriteMemoryBytes);
 
-// Below this a copy into the window's own memory costs less than a piece of its own in the system call.
+// Below this a copy into the window's own memory costs less than a piece of its own in the system
+// call.
 constexpr std::uint64_t kInPlaceBytesMin = std::uint64_t{64} << 10U;
 
 // Smaller files gain nothing from waiting for the device without the cache.
@@ -52,30 +56,35 @@ void for_each_piece(const Plan& plan, std::uint64_t begin, std::uint64_t end, Vi
   }
 }
 
-// The checksums of storages, from those of their pieces in whatever order they come.
+// The checksums of storages, from those of their pieces in whatever order they come. One per
+// thread: a storage that is a single piece is only touched by the thread that has the piece.
 class Checksums {
  public:
-  void add(const Piece& piece, std::uint32_t crc) { parts_.push_back({piece, crc}); }
-
-  void add(const Checksums& other) {
-    parts_.insert(parts_.end(), other.parts_.begin(), other.parts_.end());
+  void add(std::vector<StorageRecord>& storages, const Piece& piece, const std::byte* bytes) {
+    StorageRecord& storage = storages[piece.storage];
+    const std::uint32_t crc = crc32c(0, bytes, piece.end - piece.begin);
+    if (piece.end - piece.begin < storage.bytes) {
+      parts_.push_back({piece, crc});
+      return;
+    }
+    storage.crc32c = crc;
+    storage.flags |= kStorageHasChecksum;
   }
 
-  void store(std::vector<StorageRecord>& storages) {
-    const auto by_place = [](const Part& a, const Part& b) {
+  // Joins the pieces of storages that have several.
+  static void join(const std::vector<const Checksums*>& all, std::vector<StorageRecord>& storages) {
+    std::vector<Part> parts;
+    for (const Checksums* some : all)
+      parts.insert(parts.end(), some->parts_.begin(), some->parts_.end());
+    std::sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) {
       return a.piece.file_offset < b.piece.file_offset;
-    };
-    if (!std::is_sorted(parts_.begin(), parts_.end(), by_place))
-      std::sort(parts_.begin(), parts_.end(), by_place);
-    for (const Part& part : parts_) {
+    });
+    for (const Part& part : parts) {
       StorageRecord& storage = storages[part.piece.storage];
-      storage.crc32c = part.piece.begin == 0
-                           ? part.crc
-                           : crc32c_combine(storage.crc32c, part.crc,
-                                            part.piece.end - part.piece.begin);
-    }
-    for (StorageRecord& storage : storages) {
-      if (stored_bytes(storage) > 0) storage.flags |= kStorageHasChecksum;
+      const std::uint64_t bytes = part.piece.end - part.piece.begin;
+      storage.crc32c =
+          part.piece.begin == 0 ? part.crc : crc32c_combine(storage.crc32c, part.crc, bytes);
+      storage.flags |= kStorageHasChecksum;
     }
   }
 
@@ -90,25 +99,30 @@ class Checksums {
 // Memory for one window. Empty until it is needed.
 class Slab {
  public:
+  explicit Slab(std::uint64_t bytes) : bytes_(bytes) {}
+
   std::byte* data() {
-    if (!memory_) memory_ = Memory::allocate(kWindowBytes);
+    if (!memory_) memory_ = Memory::allocate(bytes_);
     return memory_->data();
   }
 
  private:
+  std::uint64_t bytes_;
   std::shared_ptr<Memory> memory_;
 };
 
 struct Worker {
+  explicit Worker(std::uint64_t slab_bytes) : slab(slab_bytes) {}
+
   Slab slab;
   Checksums checksums;
   std::vector<iovec> pieces;
 };
 
-void store_checksums(const std::vector<Worker>& workers, std::vector<StorageRecord>& storages) {
-  Checksums all;
-  for (const Worker& worker : workers) all.add(worker.checksums);
-  all.store(storages);
+void join_checksums(const std::vector<Worker>& workers, std::vector<StorageRecord>& storages) {
+  std::vector<const Checksums*> all;
+  for (const Worker& worker : workers) all.push_back(&worker.checksums);
+  Checksums::join(all, storages);
 }
 
 class FileWriter {
@@ -116,30 +130,30 @@ class FileWriter {
   FileWriter(const std::string& path, Plan& plan, const WriteOptions& options)
       : plan_(plan), options_(options), file_(path) {
     file_.reserve(plan.file_bytes());
-    is_direct_ =
-        options.durable && plan.file_bytes() >= kDirectBytesMin && file_.bypass_cache();
+    is_direct_ = options.durable && plan.file_bytes() >= kDirectBytesMin && file_.bypass_cache();
+    if (is_direct_) window_bytes_ = kDirectWindowBytes;
   }
 
   void write(const Interrupt& interrupt) {
-    const std::uint64_t first = plan_.header_bytes() / kWindowBytes;
-    const std::uint64_t count =
-        (plan_.file_bytes() + kWindowBytes - 1) / kWindowBytes - first;
+    const std::uint64_t first = plan_.header_bytes() / window_bytes_;
+    const std::uint64_t count = (plan_.file_bytes() + window_bytes_ - 1) / window_bytes_ - first;
     const std::size_t threads =
         is_direct_ ? kDirectThreads : std::min(kBufferedThreads, processor_count());
-    std::vector<Worker> workers(threads);
+    std::vector<Worker> workers(threads, Worker(window_bytes_));
     run_parallel(count, threads, interrupt, [&](std::size_t worker, std::size_t i) {
-      const std::uint64_t begin = (first + i) * kWindowBytes;
+      const std::uint64_t begin = (first + i) * window_bytes_;
       write_window(workers[worker], std::max(begin, plan_.header_bytes()),
-                   std::min(begin + kWindowBytes, plan_.file_bytes()));
+                   std::min(begin + window_bytes_, plan_.file_bytes()));
     });
-    if (options_.checksum) store_checksums(workers, plan_.storages());
+    if (options_.checksum) join_checksums(workers, plan_.storages());
     write_header(workers[0].slab);
     if (is_direct_) file_.truncate(plan_.file_bytes());
     file_.commit(options_.durable);
   }
 
  private:
-  // Takes large pieces from where they are and copies the others, so that the window goes out in one call.
+  // Takes large pieces from where they are and copies the others, so that the window goes out in
+  // one call.
   void write_window(Worker& worker, std::uint64_t begin, std::uint64_t end) {
     if (begin == end) return;
     worker.pieces.clear();
@@ -167,7 +181,7 @@ class FileWriter {
         worker.pieces.push_back({const_cast<std::byte*>(source), bytes});
         written = copied = copied + bytes;
       }
-      if (options_.checksum) worker.checksums.add(piece, crc32c(0, source, bytes));
+      if (options_.checksum) worker.checksums.add(plan_.storages(), piece, source);
     });
     if (is_direct_) {
       const std::uint64_t aligned = align_up(copied, AtomicFile::kDirectAlignBytes);
@@ -184,8 +198,8 @@ class FileWriter {
       file_.write_at(header.data(), header.size(), 0);
       return;
     }
-    for (std::uint64_t begin = 0; begin < header.size(); begin += kWindowBytes) {
-      const std::uint64_t bytes = std::min(kWindowBytes, header.size() - begin);
+    for (std::uint64_t begin = 0; begin < header.size(); begin += window_bytes_) {
+      const std::uint64_t bytes = std::min(window_bytes_, header.size() - begin);
       header.copy(reinterpret_cast<char*>(slab.data()), bytes, begin);
       file_.write_at(slab.data(), bytes, begin);
     }
@@ -195,6 +209,7 @@ class FileWriter {
   const WriteOptions& options_;
   AtomicFile file_;
   bool is_direct_ = false;
+  std::uint64_t window_bytes_ = kBufferedWindowBytes;
 };
 
 }  // namespace
@@ -208,7 +223,7 @@ void checksum_storages(Plan& plan, const Interrupt& interrupt) {
   constexpr std::uint64_t step_bytes = std::uint64_t{1} << 20U;
   const std::uint64_t count =
       (plan.file_bytes() - plan.header_bytes() + step_bytes - 1) / step_bytes;
-  std::vector<Worker> workers(processor_count());
+  std::vector<Worker> workers(processor_count(), Worker(step_bytes));
   run_parallel(count, workers.size(), interrupt, [&](std::size_t worker, std::size_t i) {
     const std::uint64_t begin = plan.header_bytes() + i * step_bytes;
     for_each_piece(plan, begin, begin + step_bytes, [&](const Piece& piece) {
@@ -217,10 +232,10 @@ void checksum_storages(Plan& plan, const Interrupt& interrupt) {
         plan.fill(piece.storage, piece.begin, piece.end, workers[worker].slab.data());
         source = workers[worker].slab.data();
       }
-      workers[worker].checksums.add(piece, crc32c(0, source, piece.end - piece.begin));
+      workers[worker].checksums.add(plan.storages(), piece, source);
     });
   });
-  store_checksums(workers, plan.storages());
+  join_checksums(workers, plan.storages());
 }
 
 void gather(const Plan& plan, std::uint64_t begin, std::uint64_t end, std::byte* target) {

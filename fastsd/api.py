@@ -38,25 +38,27 @@ def save(
 
     Args:
         obj: A tensor, or dicts, lists and other plain values with tensors in them: None, bool, int,
-            float, complex, str, bytes, list, tuple, torch.Size, dict, OrderedDict, set, torch dtypes,
-            devices, layouts and memory formats, numpy scalars and arrays. Nothing is pickled.
+            float, complex, str, bytes, list, tuple, torch.Size, dict, OrderedDict, set, torch
+            dtypes, devices, layouts and memory formats, numpy scalars and arrays. Nothing is
+            pickled.
         f: A path, or a binary file object, which needs only ``write``.
         pickle_module, pickle_protocol: Accepted for torch's sake; there is nothing to pickle.
         metadata: Strings to keep in the header, for `Archive.metadata`.
-        durable: Return only when the file and its directory entry are on the device. Large files then
-            bypass the page cache where the file system can.
+        durable: Return only when the file and its directory entry are on the device. Large files
+            then bypass the page cache where the file system can.
         checksum: Record a CRC32C for each storage.
         format: None or "fsd".
 
-    Tensors that overlap in memory are stored once and share a storage again after loading. Only bytes
-    that some tensor can reach are written. Memory needed beyond the object: at most 64 MiB, and copies
-    of what lies on other devices.
+    Tensors that overlap in memory are stored once and share a storage again after loading. Only
+    bytes that some tensor can reach are written. Memory needed beyond the object: at most 64 MiB,
+    and copies of what lies on other devices.
 
-    A file at that path is replaced all at once, and only when the new one is complete: it is untouched
-    after any error, Ctrl-C included. Its permissions are kept; a symbolic link stays, what it points to
-    is replaced.
+    A file at that path is replaced all at once, and only when the new one is complete: it is
+    untouched after any error, Ctrl-C included. Its permissions are kept; a symbolic link stays,
+    what it points to is replaced.
 
-    Raises UnsupportedError for what cannot be saved, and OSError. Do not change the tensors meanwhile.
+    Raises UnsupportedError for what cannot be saved, and OSError. Do not change the tensors
+    meanwhile.
     """
     if format not in (None, "fsd"):
         raise ValueError(f"format must be None or 'fsd', not {format!r}")
@@ -105,21 +107,22 @@ def load(
         f: A path, or a binary file object; of one that is no regular file the archive is read into
             memory, from where the object stands.
         map_location: As for torch.load.
-        pickle_module, weights_only, pickle_load_args: Accepted for torch's sake. Files hold no pickle, so
-            that loading never runs code.
+        pickle_module, weights_only, pickle_load_args: Accepted for torch's sake. Files hold no
+            pickle, so that loading never runs code.
         mmap: True: tensors are views of the mapped file; nothing is read until it is used. They are
             writable, and what is written stays in this process. The file may be replaced or deleted
             meanwhile; to truncate or overwrite it in place would change or kill the process.
             False: tensors have memory of their own, read at once and in parallel.
-            None: map, except on file systems where that is slow or unsafe (NFS, SMB, Lustre, FUSE...).
-        verify: How much to check before anything is returned. "structure": the whole header, against
-            every rule of the format and its own checksum; no tensor data is read. "checksums": that, and
-            every byte of the file against the recorded checksums.
+            None: map, except on file systems where that is slow or unsafe (NFS, SMB, Lustre,
+            FUSE...).
+        verify: How much to check before anything is returned. "structure": the whole header,
+            against every rule of the format and its own checksum; no tensor data is read.
+            "checksums": that, and every byte of the file against the recorded checksums.
 
     Returns the object, with the same nesting, types, key order and sharing of memory.
 
-    Raises FormatError for a file that is damaged or not of this format, ChecksumError, OSError, and what
-    torch raises where `map_location` cannot be met.
+    Raises FormatError for a file that is damaged or not of this format, ChecksumError, OSError,
+    and what torch raises where `map_location` cannot be met.
     """
     _check_verify(verify)
     with readable_path(f) as path:
@@ -163,11 +166,11 @@ def load_into(
 ) -> Any:
     """Loads a saved state_dict into an existing module, or into a mapping of tensors.
 
-    The same as ``module.load_state_dict(fastsd.load(f), strict, assign)``: torch decides on keys, shapes
-    and hooks, and gives its own errors. Threads bring the file into memory ahead of the copy; no more
-    memory is needed than the page cache. With ``mmap=False`` all tensors are first read into memory of
-    their own; with None the file is mapped, except with ``assign=True`` on file systems where `load`
-    would not map either.
+    The same as ``module.load_state_dict(fastsd.load(f), strict, assign)``: torch decides on keys,
+    shapes and hooks, and gives its own errors. Threads bring the file into memory ahead of the
+    copy; no more memory is needed than the page cache. With ``mmap=False`` all tensors are first
+    read into memory of their own; with None the file is mapped, except with ``assign=True`` on
+    file systems where `load` would not map either.
 
     Args:
         strict: Missing and unexpected keys are errors.
@@ -196,7 +199,9 @@ def _load_state(target: Any, state: dict[str, Any], strict: bool, assign: bool) 
         return target.load_state_dict(state, strict=strict, assign=assign)
     if isinstance(target, MutableMapping):
         return _load_into_mapping(target, state, strict, assign)
-    raise UnsupportedError(f"cannot load into a {type(target).__name__}: pass a module or a mapping")
+    raise UnsupportedError(
+        f"cannot load into a {type(target).__name__}: pass a module or a mapping"
+    )
 
 
 def _load_into_mapping(
@@ -214,7 +219,9 @@ def _load_into_mapping(
     for key in common:
         wanted, found = getattr(target[key], "shape", None), getattr(state[key], "shape", None)
         if wanted != found:
-            problems.append(f"size mismatch for {key}: {found} in the file, {wanted} in the mapping.")
+            problems.append(
+                f"size mismatch for {key}: {found} in the file, {wanted} in the mapping."
+            )
     if problems:
         raise RuntimeError("Error(s) in loading into a mapping:\n\t" + "\n\t".join(problems))
     with torch.no_grad():
@@ -226,13 +233,11 @@ def _load_into_mapping(
     return _IncompatibleKeys(missing, unexpected)
 
 
-def open(
-    f: PathOrFile, device: torch.device | str = CPU, *, mmap: bool | None = None
-) -> Archive:
+def open(f: PathOrFile, device: torch.device | str = CPU, *, mmap: bool | None = None) -> Archive:
     """Opens a file as a read-only mapping of its tensors, which are read when they are asked for.
 
-    ``device`` is where they are put then; ``mmap`` as for `load`. Nested files are mappings too: their
-    names are the keys on the way, joined by dots. Raises what `load` raises.
+    ``device`` is where they are put then; ``mmap`` as for `load`. Nested files are mappings too:
+    their names are the keys on the way, joined by dots. Raises what `load` raises.
     """
     with readable_path(f) as path:
         return fsd.open_archive(path, mmap, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,9 +31,9 @@ Restore = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
 class TensorInfo:
     """What an archive knows of a tensor without reading it.
 
-    ``stride`` and ``storage_offset`` count items, ``nbytes`` the bytes of all elements; tensors with the
-    same ``storage`` share memory. ``file_offset`` is where the storage starts in the file, and ``crc32c``
-    its checksum, None if it was saved without.
+    ``stride`` and ``storage_offset`` count items, ``nbytes`` the bytes of all elements; tensors
+    with the same ``storage`` share memory. ``file_offset`` is where the storage starts in the
+    file, and ``crc32c`` its checksum, None if it was saved without.
     """
 
     name: str
@@ -79,10 +80,10 @@ class TensorSlice:
         return list(self._info.shape)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """The part that a basic index (integers, slices with positive steps, ``...``, None) selects.
+        """The part that an index selects: integers, slices with positive steps, ``...`` and None.
 
-        Where the file is mapped this is a view of it; elsewhere the bytes from the first to the last
-        element of the part are read. Raises IndexError and TypeError as torch does.
+        Where the file is mapped this is a view of it; elsewhere the bytes from the first to the
+        last element of the part are read. Raises IndexError and TypeError as torch does.
         """
         return self._archive._read(self._name, index)
 
@@ -90,9 +91,9 @@ class TensorSlice:
 class Archive(Mapping[str, torch.Tensor]):
     """A read-only mapping from names to tensors, in the order of the file.
 
-    Nothing is read until it is asked for. Tensors of a mapped archive are views of the file: writable,
-    but what is written to them stays in this process and reaches no file. They outlive the archive.
-    Tensors that share a storage share it when they come from the same archive, too.
+    Nothing is read until it is asked for. Tensors of a mapped archive are views of the file:
+    writable, but what is written to them stays in this process and reaches no file. They outlive
+    the archive. Tensors that share a storage share it when they come from the same archive, too.
 
     Made by `fastsd.open`; also a context manager that closes it. Safe to use from several threads.
     """
@@ -154,7 +155,7 @@ class Archive(Mapping[str, torch.Tensor]):
 
     @property
     def is_mapped(self) -> bool:
-        """Whether tensors are views of the mapped file, rather than read into memory of their own."""
+        """Whether tensors are views of the mapped file; else they are read into memory."""
         return self._open_reader().is_mapped
 
     def get_slice(self, name: str) -> TensorSlice:
@@ -200,7 +201,7 @@ class Archive(Mapping[str, torch.Tensor]):
         part = whole[index]
         if part._base is not whole:
             raise TypeError(f"a slice takes integers, slices, ... and None, not {index!r}")
-        offset = record.storage_offset + part.storage_offset()
+        offset = record.storage_offset + int(part.storage_offset())
         part_record = record._replace(shape=tuple(part.shape), stride=part.stride())
         if stored.has_no_data:
             tensor = torch.empty_strided(
@@ -233,8 +234,7 @@ def _find_shared(reader: _core.Reader) -> frozenset[int]:
     if reader.storage_count == reader.tensor_count:
         return frozenset()
     storages = [TensorRecord(*reader.tensor(i)).storage for i in range(reader.tensor_count)]
-    seen: set[int] = set()
-    return frozenset(s for s in storages if s in seen or seen.add(s))  # type: ignore[func-returns-value]
+    return frozenset(storage for storage, count in Counter(storages).items() if count > 1)
 
 
 def load_tensors(reader: _core.Reader, restore: Restore | None) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ def is_path(f: object) -> bool:
 
 
 def is_stream_path(path: str | bytes) -> bool:
-    """Whether something is there that is written to as it is and not replaced: a device or a pipe."""
+    """Whether a device or a pipe is there, which is written to and not replaced."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
@@ -36,9 +36,9 @@ def is_stream_path(path: str | bytes) -> bool:
 def readable_path(f: Any) -> Iterator[bytes]:
     """A path under which the core can read what `f` is, for as long as the context is open.
 
-    A file object is read from where it stands and left behind the archive. A regular file that holds
-    just the archive is opened again, so that it can be mapped; from anything else the archive is copied
-    once, into memory. Errors name `f` in place of the path.
+    A file object is read from where it stands and left behind the archive. A regular file that
+    holds just the archive is opened again, so that it can be mapped; from anything else the
+    archive is copied once, into memory. Errors name `f` in place of the path.
     """
     if is_path(f):
         yield os.fsencode(f)

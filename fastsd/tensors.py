@@ -1,7 +1,8 @@
 """Between torch's tensors and the views that an archive holds.
 
-Plain tensors never come here: the core makes and describes them itself, through DLPack. What needs more
-than that does: flags, shared storages, devices, meta tensors, dtypes that DLPack lacks, numpy arrays.
+Plain tensors never come here: the core makes and describes them itself, through DLPack. What needs
+more than that does: flags, shared storages, devices, meta tensors, dtypes that DLPack lacks, numpy
+arrays.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _NUMPY_NUMBERS: dict[np.dtype[np.generic], int] = {
     and number in _DTYPES
 }
 
-# Without the exchange table (torch before 2.10) every tensor takes the slower ways of this module.
+# Older releases have no exchange table: every tensor then takes the slower ways of this module.
 _core.set_torch(
     torch.Tensor,
     torch.uint8,
@@ -128,7 +129,7 @@ class Describer:
             address = tensor.data_ptr()
         else:
             address = self._host_copy(storage).data_ptr()
-            address += tensor.storage_offset() * tensor.itemsize
+            address += int(tensor.storage_offset()) * tensor.itemsize
         if address is not None:
             check_within_storage(name, tensor, storage)
         flags = (
@@ -192,12 +193,13 @@ def view_storage(
 
 
 def apply_flags(name: str, tensor: torch.Tensor, flags: int) -> torch.Tensor:
-    """The tensor with the properties that its record's flags name; a Parameter shares its memory."""
+    """The tensor with the properties that the flags name; a Parameter shares its memory."""
     if flags & (IS_CONJ | IS_NEG):
         if flags & IS_CONJ and not tensor.is_complex():
             raise FormatError(f'tensor "{name}" is marked as conjugated and is not complex')
         bits = {"conj": IS_CONJ, "neg": IS_NEG}
-        torch._utils.set_tensor_metadata(tensor, {k: True for k, bit in bits.items() if flags & bit})
+        names = [name for name, bit in bits.items() if flags & bit]
+        torch._utils.set_tensor_metadata(tensor, dict.fromkeys(names, True))
     requires_grad = bool(flags & REQUIRES_GRAD)
     if requires_grad and not (tensor.is_floating_point() or tensor.is_complex()):
         raise FormatError(f'tensor "{name}" of dtype {tensor.dtype} is marked as requiring grad')
@@ -215,8 +217,9 @@ def rebuild_rest(
 ) -> None:
     """Fills in the tensors of ``by_name`` that the core has left to Python, by their numbers.
 
-    ``bases`` holds all bytes of each storage they lie in; ``restore`` puts such a storage, saved from
-    the given device, where it belongs (None: it stays). Tensors that shared a storage share it again.
+    ``bases`` holds all bytes of each storage they lie in; ``restore`` puts such a storage, saved
+    from the given device, where it belongs (None: it stays). Tensors that shared a storage share
+    it again.
     """
     names = list(by_name)
     storages: dict[int, torch.UntypedStorage] = {}

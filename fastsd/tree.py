@@ -1,7 +1,8 @@
 """Nested objects to tensors and a plain tree, and back, without pickle.
 
-The tree is JSON (docs/FORMAT.md, "The tree"). Values of JSON stand for themselves; everything else is an
-object with one member whose name starts with "$". A dictionary of strings to tensors needs no tree.
+The tree is JSON (docs/FORMAT.md, "The tree"). Values of JSON stand for themselves; everything else
+is an object with one member whose name starts with "$". A dictionary of strings to tensors needs
+no tree.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ _TENSOR_TYPES = {torch.Tensor, torch.nn.Parameter}
 class Flat(NamedTuple):
     """An object as the container holds it: its tensors under unique names, in order, and its tree.
 
-    ``tree`` is None for a flat dictionary, whose names are its keys; then ``is_ordered`` says that it
-    is an OrderedDict, and ``state_metadata`` holds its `_metadata`. Both texts are JSON in UTF-8.
+    ``tree`` is None for a flat dictionary, whose names are its keys; then ``is_ordered`` says that
+    it is an OrderedDict, and ``state_metadata`` holds its `_metadata`. Both texts are JSON in
+    UTF-8.
     """
 
     names: list[str]
@@ -59,7 +61,7 @@ def _flatten_dict(obj: object) -> Flat | None:
         set(map(type, values)) <= _TENSOR_TYPES
         and set(map(type, names)) <= {str}
         and not any(map(attrgetter("__dict__"), values))
-        and (all(map(str.isascii, names)) or _are_valid_names(names))
+        and _are_utf8(names)
     )
     attributes = getattr(obj, "__dict__", {})
     if not is_flat or attributes.keys() - {"_metadata"}:
@@ -72,9 +74,9 @@ def _flatten_dict(obj: object) -> Flat | None:
     return Flat(names, values, is_ordered=True, state_metadata=metadata)
 
 
-def _are_valid_names(names: list[str]) -> bool:
+def _are_utf8(names: list[str]) -> bool:
     try:
-        return all(name.encode() is not None for name in names)
+        return "".join(names).encode() is not None
     except UnicodeEncodeError:  # a lone surrogate, which JSON can hold and UTF-8 cannot
         return False
 
@@ -104,7 +106,7 @@ def _to_json(node: object) -> bytes:
 
 
 class _Encoder:
-    """One walk over an object. ``repeated`` collects the containers that were met more than once."""
+    """One walk over an object. ``repeated``: the containers that were met more than once."""
 
     def __init__(self, known_repeated: Iterable[int] = ()) -> None:
         self.names: list[str] = []
@@ -157,7 +159,12 @@ class _Encoder:
         module = type(value).__module__
         if module == "torch.return_types":
             name = type(value).__qualname__
-            return {"$return_type": [name, [self.encode(v, _join(path, i)) for i, v in enumerate(value)]]}
+            return {
+                "$return_type": [
+                    name,
+                    [self.encode(v, _join(path, i)) for i, v in enumerate(value)],
+                ]
+            }
         hint = "save its state_dict()" if isinstance(value, torch.nn.Module) else None
         raise UnsupportedError(
             f"{_place(path)} is a {module}.{type(value).__qualname__}, which is not plain data"
@@ -297,7 +304,7 @@ def restore_flat(
         return by_name
     ordered = OrderedDict(by_name)
     if state_metadata is not None:
-        ordered._metadata = OrderedDict(_from_json(state_metadata, []))  # type: ignore[attr-defined]
+        vars(ordered)["_metadata"] = OrderedDict(_from_json(state_metadata, []))
     return ordered
 
 

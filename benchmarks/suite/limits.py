@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from measure import sync_file, touch
 
@@ -80,8 +80,18 @@ def map_and_touch(path: Path, size: int) -> Tensor:
     return tensor
 
 
-# What each limit needs: "copy" (source, target), "write" (source, path), "read" (path, target) or
-# "map" (path, size).
+def fill_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy tensors that are in memory into a model: torch's own part of loading into one."""
+    model.load_state_dict(state)
+
+
+def assign_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Hand tensors that exist to a model: torch's own part of loading by assignment."""
+    model.load_state_dict(state, assign=True)
+
+
+# What each limit needs: "copy" (source, target), "write" (source, path), "read" (path, target),
+# "map" (path, size), "model" or "meta" (model, dictionary).
 LIMITS: dict[str, tuple[str, Callable[..., object]]] = {
     "memcpy": ("copy", copy_memory),
     "write": ("write", write_at_once),
@@ -89,4 +99,6 @@ LIMITS: dict[str, tuple[str, Callable[..., object]]] = {
     "write-direct": ("write", write_direct),
     "pread": ("read", read_parallel),
     "mmap-touch": ("map", map_and_touch),
+    "fill": ("model", fill_model),
+    "assign": ("meta", assign_model),
 }

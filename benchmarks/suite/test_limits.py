@@ -8,31 +8,46 @@ import pytest
 
 from bench import Spec, Workshop
 from limits import LIMITS
-from test_load import measure_calls
 from test_save import clear_target
+
+
+def make_arguments(spec: Spec, workshop: Workshop, need: str) -> list[Any]:
+    """Return what a limit works on; files to read are fastsd's, warm in the page cache."""
+    if need == "model":
+        return [workshop.model(), workshop.state]
+    if need == "meta":
+        return [spec.case.make_empty_model("meta"), workshop.state]
+    if need == "map":
+        return [workshop.file("fsd"), workshop.size]
+    if need == "read":
+        return [workshop.file("fsd"), *workshop.flat_copies(1)]
+    if need == "write":
+        return [*workshop.flat_copies(1), workshop.target("target.raw")]
+    return [*workshop.flat_copies(2)]
 
 
 @pytest.mark.matrix(group="limits", cases=["big"], contenders=list(LIMITS))
 def test_limit(spec: Spec, workshop: Workshop, benchmark: Any) -> None:
-    """One bare limit; files to read are fastsd's, warm in the page cache."""
+    """One bare limit."""
     need, run = LIMITS[spec.contender]
-    if need == "map":
-        path = workshop.file("fsd")
-        measure_calls(benchmark, spec, lambda: run(path, workshop.size))
-        return
-    path = workshop.file("fsd") if need == "read" else workshop.target("target.raw")
-    memory = workshop.flat_copies(2 if need == "copy" else 1)
-    choices: dict[str, list[Any]] = {
-        "copy": [*memory],
-        "write": [*memory, path],
-        "read": [path, *memory],
-    }
-    arguments = choices[need]
-    clear = clear_target(spec, path) if need == "write" else None
+    arguments = make_arguments(spec, workshop, need)
+
+    def prepare() -> None:
+        if need == "write":
+            clear_target(spec, arguments[1])()
+        elif need == "meta":
+            arguments[0] = spec.case.make_empty_model("meta")
+
+    results: list[object] = []  # a mapping is unmapped after the clock has stopped
     try:
         run(*arguments)
     except OSError as error:
         benchmark.skipped = True
         pytest.skip(f"not on this file system: {error.strerror}")
-    benchmark.pedantic(run, arguments, setup=clear, rounds=spec.case.rounds)
+    benchmark.pedantic(
+        lambda: results.append(run(*arguments)),
+        setup=prepare,
+        teardown=results.clear,
+        rounds=spec.case.rounds,
+    )
     workshop.target("target.raw").unlink(missing_ok=True)

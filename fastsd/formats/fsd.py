@@ -1,4 +1,4 @@
-"""The container, .fsd: docs/FORMAT.md. Its bytes are the core's business; its sections are read here."""
+"""The container, .fsd (docs/FORMAT.md): the core reads its bytes, this module its sections."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _OTHERS = (
     (b"PK\x03\x04", "it looks like a zip file, as torch.save writes: use torch.load"),
     (b"\x80\x02", "it looks like a pickle, as old releases of torch.save write: use torch.load"),
     (b"\x80", "it looks like a pickle"),
-    (b"version https://git-lfs", "it is a git-lfs pointer: fetch the real file with `git lfs pull`"),
+    (b"version https://git-lfs", "it is a git-lfs pointer: run `git lfs pull`"),
     (b"<", "it looks like HTML or XML: a download that gave an error page?"),
     (b"\x8fFSD\n", "its newlines were converted: it was copied as text"),
     (b"\x89HDF", "it looks like an HDF5 file"),

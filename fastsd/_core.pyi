@@ -1,0 +1,113 @@
+"""The native core: files, the container's bytes, and tensors over memory. Private.
+
+Functions release the GIL while they read or write, honour Ctrl-C, and raise the errors of
+`fastsd.errors` and OSError, with the path.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, type_check_only
+
+import torch
+
+@type_check_only
+class _pybind11_type(type): ...
+
+DTYPES: tuple[tuple[int, str, int], ...]
+"""(number in files, torch's name, bytes of an item) of every dtype of the format."""
+
+CRC32C_IMPLEMENTATION: str
+""""sse4.2", "armv8" or "portable"."""
+
+def set_torch(
+    tensor_type: object, uint8: object, int8: object, from_dlpack: object, exchange: object
+) -> bool:
+    """Gives the core torch.Tensor, two dtypes, torch.utils.dlpack.from_dlpack, and the capsule
+    torch.Tensor.__dlpack_c_exchange_api__ or None. Returns whether the capsule will be used."""
+
+def crc32c(data: object, value: int = ...) -> int:
+    """CRC32C of a buffer, following bytes whose CRC32C is ``value``."""
+
+def file_system(path: str | bytes) -> tuple[str, bool]:
+    """Name of the file system that holds a file, and whether it is mapped by default."""
+
+class Plan(metaclass=_pybind11_type):
+    """Tensors about to be written, which it keeps alive."""
+
+    def __init__(
+        self, names: list[str], tensors: list[Any], describe: Callable[[str, Any], tuple[Any, ...]]
+    ) -> None:
+        """``describe`` is called for each tensor that is not plain, and returns (address, or None
+        for a meta tensor; dtype number; shape; stride in items; flags; device number; identity)."""
+
+    def finish(
+        self, file_flags: int, devices: Sequence[str], sections: Sequence[tuple[int, bytes]]
+    ) -> None:
+        """Lays out the file. Called once, before anything below."""
+
+    def write(self, path: str | bytes, durable: bool, checksum: bool) -> None:
+        """Writes the file, all at once."""
+
+    def header(self, checksum: bool) -> bytes:
+        """The header, for a stream; with ``checksum`` after reading all data once."""
+
+    def gather(self, begin: int, target: object) -> None:
+        """Fills a writable buffer with the bytes of the file from ``begin``, behind the header."""
+
+    @property
+    def header_bytes(self) -> int: ...
+    @property
+    def file_bytes(self) -> int: ...
+
+class Reader(metaclass=_pybind11_type):
+    """An .fsd file whose header has been validated. Thread-safe."""
+
+    def __init__(self, path: str | bytes, mmap: bool | None) -> None: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def is_mapped(self) -> bool: ...
+    @property
+    def version(self) -> tuple[int, int]: ...
+    @property
+    def file_flags(self) -> int: ...
+    @property
+    def file_bytes(self) -> int: ...
+    @property
+    def header_bytes(self) -> int: ...
+    @property
+    def devices(self) -> list[str]: ...
+    @property
+    def tensor_count(self) -> int: ...
+    @property
+    def storage_count(self) -> int: ...
+    def section(self, kind: int) -> bytes | None:
+        """The bytes of a section of the header, None if there is none."""
+
+    def names(self) -> list[str]: ...
+    def tensor(
+        self, number: int
+    ) -> tuple[int, tuple[int, ...], tuple[int, ...], int, int, int, int]:
+        """(dtype number, shape, stride, storage, storage_offset, flags, same_as), counting
+        items."""
+
+    def storage(self, number: int) -> tuple[int, int, int | None, str, bool]:
+        """(offset in the file, bytes, CRC32C or None, device, whether it has no data)."""
+
+    def load(
+        self, bases_only: bool
+    ) -> tuple[dict[str, torch.Tensor], list[int], dict[int, torch.Tensor]]:
+        """All tensors by name; the numbers of those that are None because they need more than
+        DLPack; and for these, the bytes of each storage they lie in. ``bases_only``: leave all to
+        the caller."""
+
+    def base(self, storage: int, begin: int, end: int) -> torch.Tensor:
+        """Bytes of a storage as a uint8 tensor: a view of the mapping, or freshly read."""
+
+    def find_damage(self) -> list[int]:
+        """Reads all data; the storages that differ from their checksums."""
+
+class Prefetch(metaclass=_pybind11_type):
+    """A thread that brings a mapped file's data into memory, in the order of the file."""
+
+    def __init__(self, reader: Reader) -> None: ...
+    def stop(self) -> None: ...

@@ -87,10 +87,12 @@ void add_described(Plan& plan, std::string_view name, const Described& described
     throw py::value_error("bad description of tensor " + std::string(name));
   std::vector<std::int64_t> dims(shape);
   dims.insert(dims.end(), stride.begin(), stride.end());
-  plan.add(
-      {name, reinterpret_cast<const std::byte*>(address.value_or(0)), DType{dtype}, flags, device,
-       !address, reinterpret_cast<const void*>(identity), static_cast<std::uint32_t>(shape.size())},
-      dims.data());
+  const auto pointer = [](std::uintptr_t number) {
+    return reinterpret_cast<const std::byte*>(number);  // NOLINT(performance-no-int-to-ptr)
+  };
+  plan.add({name, pointer(address.value_or(0)), DType{dtype}, flags, device, !address,
+            pointer(identity), static_cast<std::uint32_t>(shape.size())},
+           dims.data());
 }
 
 std::string_view utf8(const py::handle& text) {
@@ -352,13 +354,15 @@ void register_file_systems(py::module_& module) {
 }  // namespace fastsd
 
 PYBIND11_MODULE(_core, module) {
-  py::register_exception_translator([](std::exception_ptr pointer) {
-    try {
-      if (pointer) std::rethrow_exception(pointer);
-    } catch (const fastsd::Error& error) {
-      fastsd::raise(error);
-    }
-  });
+  py::register_exception_translator(
+      [](std::exception_ptr pointer) {  // NOLINT(performance-unnecessary-value-param):
+                                        // pybind11's type
+        try {
+          if (pointer) std::rethrow_exception(pointer);
+        } catch (const fastsd::Error& error) {
+          fastsd::raise(error);
+        }
+      });
   fastsd::register_torch(module);
   fastsd::register_checksum(module);
   fastsd::register_plan(module);

@@ -81,7 +81,7 @@ FASTSD_CRC_TARGET inline std::uint32_t step8(std::uint32_t state, std::uint64_t 
 FASTSD_CRC_TARGET inline std::uint32_t step1(std::uint32_t state, unsigned char byte) {
   return _mm_crc32_u8(state, byte);
 }
-bool hardware_present() { return __builtin_cpu_supports("sse4.2") != 0; }
+bool hardware_present() noexcept { return __builtin_cpu_supports("sse4.2") != 0; }
 #else
 #define FASTSD_CRC_TARGET __attribute__((target("+crc")))
 constexpr const char* kHardwareName = "armv8";
@@ -91,7 +91,7 @@ FASTSD_CRC_TARGET inline std::uint32_t step8(std::uint32_t state, std::uint64_t 
 FASTSD_CRC_TARGET inline std::uint32_t step1(std::uint32_t state, unsigned char byte) {
   return __crc32cb(state, byte);
 }
-bool hardware_present() { return (getauxval(AT_HWCAP) & HWCAP_CRC32) != 0; }
+bool hardware_present() noexcept { return (getauxval(AT_HWCAP) & HWCAP_CRC32) != 0; }
 #endif
 
 inline std::uint64_t word_at(const unsigned char* data) {
@@ -151,7 +151,7 @@ FASTSD_CRC_TARGET std::uint32_t hardware(std::uint32_t state, const unsigned cha
 #else
 
 constexpr const char* kHardwareName = "none";
-bool hardware_present() { return false; }
+bool hardware_present() noexcept { return false; }
 std::uint32_t hardware(std::uint32_t state, const unsigned char*, std::size_t) { return state; }
 
 #endif

@@ -48,11 +48,10 @@ std::string resolve_link(const std::string& path) {
   for (int depth = 0; depth < 40; ++depth) {
     const ssize_t bytes = ::readlink(current.c_str(), target, sizeof target);
     if (bytes < 0) return current;  // no link, or nothing there yet
-    const std::string next(target, static_cast<std::size_t>(bytes));
     const std::size_t slash = current.rfind('/');
-    const bool is_relative = next.empty() || next[0] != '/';
-    current =
-        is_relative && slash != std::string::npos ? current.substr(0, slash + 1) + next : next;
+    const bool is_relative = bytes == 0 || target[0] != '/';
+    current.resize(is_relative && slash != std::string::npos ? slash + 1 : 0);
+    current.append(target, static_cast<std::size_t>(bytes));
   }
   fail(path, ELOOP);
 }
@@ -105,7 +104,8 @@ FileSystem find_file_system(std::uint64_t type) {
       {0x00C36400, {"ceph", false, false}},
       {0x47504653, {"gpfs", false, false}},
       {0x19830326, {"beegfs", false, false}},
-      {0x5346414F, {"afs", false, false}},
+      {0x5346414F, {"openafs", false, false}},
+      {0x6B414653, {"afs", false, false}},
       {0x73757245, {"coda", false, false}},
       {0x7461636F, {"ocfs2", false, false}},
       {0x01161970, {"gfs2", false, false}},

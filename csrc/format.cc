@@ -185,12 +185,13 @@ void check_same_as(const TensorRecord& tensor, std::size_t i, const Index& index
            ", not an earlier original");
   const TensorRecord& original = index.tensors[tensor.same_as];
   const std::int64_t* dims = index.dims.data();
-  const bool is_equal =
-      tensor.storage == original.storage && tensor.storage_offset == original.storage_offset &&
-      tensor.dtype == original.dtype && tensor.flags == original.flags &&
-      tensor.rank == original.rank &&
-      std::equal(dims + tensor.dims_offset, dims + tensor.dims_offset + 2 * tensor.rank,
-                 dims + original.dims_offset);
+  const bool is_equal = tensor.storage == original.storage &&
+                        tensor.storage_offset == original.storage_offset &&
+                        tensor.dtype == original.dtype && tensor.flags == original.flags &&
+                        tensor.rank == original.rank &&
+                        std::equal(dims + tensor.dims_offset,
+                                   dims + tensor.dims_offset + 2 * std::uint64_t{tensor.rank},
+                                   dims + original.dims_offset);
   if (!is_equal)
     reject(label + " differs from tensor " + number(tensor.same_as) + ", its original");
 }
@@ -442,7 +443,7 @@ Header Header::decode(std::unique_ptr<std::uint64_t[]> bytes, const Preamble& pr
   index.tensors =
       table<TensorRecord>(header.section(Section::kTensors), "tensors", kTensorCountMax);
   index.dims =
-      table<std::int64_t>(header.section(Section::kDims), "dims", 2 * kRankMax * kTensorCountMax);
+      table<std::int64_t>(header.section(Section::kDims), "dims", 2 * kTensorCountMax * kRankMax);
   index.names = header.section(Section::kNames);
   check_storages(index.storages, header.devices_.size(), preamble);
   check_tensors(index);

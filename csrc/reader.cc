@@ -124,9 +124,10 @@ std::vector<std::size_t> Reader::find_damage(const Interrupt& interrupt) const {
   for (std::size_t i = 0; i < tables.storages.size(); ++i) {
     const StorageRecord& storage = tables.storages[i];
     if ((storage.flags & kStorageHasChecksum) == 0) continue;
-    total += storage.bytes;
-    for (std::uint64_t begin = 0; begin < storage.bytes; begin += kStepBytes)
-      steps.push_back({i, begin, std::min(begin + kStepBytes, storage.bytes)});
+    const std::uint64_t bytes = stored_bytes(storage);
+    total += bytes;
+    for (std::uint64_t begin = 0; begin < bytes; begin += kStepBytes)
+      steps.push_back({i, begin, std::min(begin + kStepBytes, bytes)});
   }
   std::vector<std::uint32_t> parts(steps.size());
   std::vector<std::unique_ptr<std::byte[]>> slabs(threads_for(total));

@@ -56,6 +56,13 @@ void for_each_piece(const Plan& plan, std::uint64_t begin, std::uint64_t end, Vi
   }
 }
 
+// Before the threads start, as all of them read the flags.
+void mark_checksummed(std::vector<StorageRecord>& storages) {
+  for (StorageRecord& storage : storages) {
+    if (stored_bytes(storage) > 0) storage.flags |= kStorageHasChecksum;
+  }
+}
+
 // The checksums of storages, from those of their pieces in whatever order they come. One per
 // thread: a storage that is a single piece is only touched by the thread that has the piece.
 class Checksums {
@@ -68,7 +75,6 @@ class Checksums {
       return;
     }
     storage.crc32c = crc;
-    storage.flags |= kStorageHasChecksum;
   }
 
   // Joins the pieces of storages that have several.
@@ -84,7 +90,6 @@ class Checksums {
       const std::uint64_t bytes = part.piece.end - part.piece.begin;
       storage.crc32c =
           part.piece.begin == 0 ? part.crc : crc32c_combine(storage.crc32c, part.crc, bytes);
-      storage.flags |= kStorageHasChecksum;
     }
   }
 
@@ -121,6 +126,7 @@ struct Worker {
 
 void join_checksums(const std::vector<Worker>& workers, std::vector<StorageRecord>& storages) {
   std::vector<const Checksums*> all;
+  all.reserve(workers.size());
   for (const Worker& worker : workers) all.push_back(&worker.checksums);
   Checksums::join(all, storages);
 }
@@ -140,6 +146,7 @@ class FileWriter {
     const std::size_t threads =
         is_direct_ ? kDirectThreads : std::min(kBufferedThreads, processor_count());
     std::vector<Worker> workers(threads, Worker(window_bytes_));
+    if (options_.checksum) mark_checksummed(plan_.storages());
     run_parallel(count, threads, interrupt, [&](std::size_t worker, std::size_t i) {
       const std::uint64_t begin = (first + i) * window_bytes_;
       write_window(workers[worker], std::max(begin, plan_.header_bytes()),
@@ -224,6 +231,7 @@ void checksum_storages(Plan& plan, const Interrupt& interrupt) {
   const std::uint64_t count =
       (plan.file_bytes() - plan.header_bytes() + step_bytes - 1) / step_bytes;
   std::vector<Worker> workers(processor_count(), Worker(step_bytes));
+  mark_checksummed(plan.storages());
   run_parallel(count, workers.size(), interrupt, [&](std::size_t worker, std::size_t i) {
     const std::uint64_t begin = plan.header_bytes() + i * step_bytes;
     for_each_piece(plan, begin, begin + step_bytes, [&](const Piece& piece) {

@@ -409,12 +409,12 @@ NO_UNNAMED_FILES = """
 #include <errno.h>
 #include <sys/types.h>
 
-#define O_TMPFILE 020200000
+#define UNNAMED 020000000
 
 typedef int Open(int, const char *, int, mode_t);
 
 static int open_named(int folder, const char *name, int flags, mode_t mode) {
-  if ((flags & O_TMPFILE) == O_TMPFILE) return errno = EOPNOTSUPP, -1;
+  if (flags & UNNAMED) return errno = EOPNOTSUPP, -1;
   return ((Open *)dlsym(RTLD_NEXT, "openat"))(folder, name, flags, mode);
 }
 Open openat __attribute__((alias("open_named")));

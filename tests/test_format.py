@@ -597,7 +597,7 @@ def load_bytes_only(file):
 def constant(name):
     value = re.search(rf"\b{name} =\s*([^;]+);", CODE).group(1)
     value = re.sub(r"std::uint64_t\{1\}", "1", value)
-    value = re.sub(r"\b(\d+)U\b", r"\1", value)
+    value = re.sub(r"\b(\d\w*?)U\b", r"\1", value)
     return eval(value, {}, {"kTensorCountMax": 2**24})  # of our own source: 1 << 30 and the like
 
 

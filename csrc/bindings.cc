@@ -106,7 +106,7 @@ std::string_view utf8(const py::handle& text) {
 class TensorPlan {
  public:
   TensorPlan(const py::list& names, const py::list& tensors, const py::function& describe)
-      : tensors_(tensors) {
+      : tensors_(tensors), describe_(describe) {
     if (names.size() != tensors.size()) throw py::value_error("as many names as tensors");
     plan_.reserve(names.size());
     std::vector<std::int64_t> dims;
@@ -165,6 +165,7 @@ class TensorPlan {
 
  private:
   py::list tensors_;
+  py::function describe_;  // keeps the copies that it has made
   Plan plan_;
 };
 
@@ -249,10 +250,11 @@ std::vector<std::size_t> find_damage(const Reader& reader) {
   return reader.find_damage(check_signals);
 }
 
-std::unique_ptr<Reader> open_reader(const std::string& path, std::optional<bool> mmap) {
+std::unique_ptr<Reader> open_reader(const std::string& path, const std::string& name,
+                                    std::optional<bool> mmap) {
   const py::gil_scoped_release no_gil;
   const Access access = !mmap ? Access::kAuto : *mmap ? Access::kMap : Access::kRead;
-  return std::make_unique<Reader>(path, access);
+  return std::make_unique<Reader>(path, name, access);
 }
 
 // ---- Registration ----
@@ -306,9 +308,9 @@ void register_plan(py::module_& module) {
 
 void register_reader(py::module_& module) {
   py::class_<Reader>(module, "Reader")
-      .def(py::init(&open_reader), py::arg("path"), py::arg("mmap"))
-      .def_property_readonly("path",
-                             [](const Reader& self) { return decode_path(self.file().path()); })
+      .def(py::init(&open_reader), py::arg("path"), py::arg("name"), py::arg("mmap"))
+      .def_property_readonly("name",
+                             [](const Reader& self) { return decode_path(self.file().name()); })
       .def_property_readonly("is_mapped",
                              [](const Reader& self) { return self.mapping() != nullptr; })
       .def_property_readonly("version",

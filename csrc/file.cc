@@ -63,6 +63,12 @@ std::string make_hidden_name() {
   return name;
 }
 
+// One name for each target. Those too long for it share none: chance makes them differ.
+std::string make_linked_name(const std::string& target) {
+  const std::string name = ".fastsd-" + target + ".tmp";
+  return name.size() <= NAME_MAX ? name : make_hidden_name();
+}
+
 int batch_of(std::size_t pieces) {
   return static_cast<int>(std::min<std::size_t>(pieces, IOV_MAX));
 }
@@ -137,24 +143,24 @@ int Descriptor::release() {
 
 // ---- File ----
 
-File::File(const std::string& path) : path_(path) {
+File::File(const std::string& path, const std::string& name) : name_(name) {
   // O_NONBLOCK: a FIFO is refused below rather than waited for.
   descriptor_ =
       Descriptor(retry([&] { return ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); }));
-  if (descriptor_.get() < 0) fail(path);
+  if (descriptor_.get() < 0) fail(name);
   struct stat status{};
-  if (::fstat(descriptor_.get(), &status) != 0) fail(path);
-  if (S_ISDIR(status.st_mode)) fail(path, EISDIR);
+  if (::fstat(descriptor_.get(), &status) != 0) fail(name);
+  if (S_ISDIR(status.st_mode)) fail(name, EISDIR);
   if (!S_ISREG(status.st_mode)) {
     throw Error(Failure::kUnsupported,
                 "not a regular file: it can be neither mapped nor read at "
                 "offsets; open it in Python and pass the file object",
-                path);
+                name);
   }
   bytes_ = static_cast<std::uint64_t>(status.st_size);
 }
 
-FileSystem File::file_system() const { return file_system_of(descriptor_.get(), path_); }
+FileSystem File::file_system() const { return file_system_of(descriptor_.get(), name_); }
 
 void File::read_at(void* target, std::size_t bytes, std::uint64_t offset) const {
   struct iovec piece{target, bytes};
@@ -188,11 +194,11 @@ void File::read_pieces(struct iovec* pieces, std::size_t count, std::uint64_t of
     const ssize_t got = retry([&] {
       return ::preadv(descriptor_.get(), pieces, batch_of(count), static_cast<off_t>(offset));
     });
-    if (got < 0) fail(path_);
+    if (got < 0) fail(name_);
     if (got == 0) {
       throw Error(Failure::kTruncated,
                   "the file ended at byte " + std::to_string(offset) + ", while it was being read",
-                  path_);
+                  name_);
     }
     offset += static_cast<std::uint64_t>(got);
     skip_bytes(pieces, count, static_cast<std::size_t>(got));
@@ -225,7 +231,7 @@ std::shared_ptr<Memory> Memory::map(const File& file, std::uint64_t bytes) {
   // mapping larger than memory is fine, as only pages that are written take any.
   void* address = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE,
                          file.descriptor(), 0);
-  if (address == MAP_FAILED) fail(file.path());
+  if (address == MAP_FAILED) fail(file.name());
   return std::shared_ptr<Memory>(new Memory(static_cast<std::byte*>(address), bytes, true));
 }
 
@@ -333,24 +339,41 @@ void AtomicFile::truncate(std::uint64_t bytes) {
     fail(path_);
 }
 
-void AtomicFile::link(const std::string& name) {
+// A link never replaces a file and a rename does, so the unnamed file is linked beside the target
+// and then renamed. The name in between is the target's own, so that what a process killed between
+// the two calls has left is found and removed by the next. Two processes at work on one target may
+// take each other's link away, and then try again: one after the other becomes the target, each
+// complete.
+void AtomicFile::replace_target() {
+  constexpr int attempts_max = 1000;
+  const std::string linked_name = make_linked_name(name_);
   char source[40];
   std::snprintf(source, sizeof source, "/proc/self/fd/%d", descriptor_.get());
-  if (::linkat(AT_FDCWD, source, directory_.get(), name.c_str(), AT_SYMLINK_FOLLOW) != 0)
-    fail(path_);
+  const int directory = directory_.get();
+  for (int attempt = 0; attempt < attempts_max; ++attempt) {
+    if (::linkat(AT_FDCWD, source, directory, linked_name.c_str(), AT_SYMLINK_FOLLOW) != 0) {
+      if (errno != EEXIST) fail(path_);
+      ::unlinkat(directory, linked_name.c_str(), 0);
+      continue;
+    }
+    if (::renameat(directory, linked_name.c_str(), directory, name_.c_str()) == 0) return;
+    if (errno == ENOENT) continue;
+    const int error = errno;
+    ::unlinkat(directory, linked_name.c_str(), 0);
+    fail(path_, error);
+  }
+  fail(path_, EBUSY);
 }
 
 void AtomicFile::commit(bool durable) {
   if (durable) sync(descriptor_.get(), path_);
   if (hidden_name_.empty()) {
-    // A link never replaces a file, a rename does.
-    const std::string hidden_name = make_hidden_name();
-    link(hidden_name);
-    hidden_name_ = hidden_name;
+    replace_target();
+  } else {
+    if (::renameat(directory_.get(), hidden_name_.c_str(), directory_.get(), name_.c_str()) != 0)
+      fail(path_);
+    hidden_name_.clear();
   }
-  if (::renameat(directory_.get(), hidden_name_.c_str(), directory_.get(), name_.c_str()) != 0)
-    fail(path_);
-  hidden_name_.clear();
   if (!durable) return;
   const Descriptor directory(
       retry([&] { return ::openat(directory_.get(), ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));

@@ -42,9 +42,11 @@ class Descriptor {
 // A regular file, open for reading. Thread-safe.
 class File {
  public:
-  explicit File(const std::string& path);
+  // `name`: what messages call it.
+  File(const std::string& path, const std::string& name);
+  explicit File(const std::string& path) : File(path, path) {}
 
-  const std::string& path() const { return path_; }
+  const std::string& name() const { return name_; }
   std::uint64_t bytes() const { return bytes_; }  // when it was opened
   FileSystem file_system() const;
 
@@ -72,7 +74,7 @@ class File {
  private:
   void read_pieces(struct iovec* pieces, std::size_t count, std::uint64_t offset) const;
 
-  std::string path_;
+  std::string name_;
   Descriptor descriptor_;
   std::uint64_t bytes_ = 0;
 };
@@ -140,7 +142,7 @@ class AtomicFile {
 
  private:
   void open_unnamed_or_hidden();
-  void link(const std::string& name);
+  void replace_target();
 
   std::string path_;  // as given, for messages
   std::string name_;  // within the directory

@@ -63,8 +63,9 @@ constexpr std::uint16_t kTensorRequiresGrad = 1U << 0U;
 constexpr std::uint16_t kTensorIsParameter = 1U << 1U;
 constexpr std::uint16_t kTensorIsConj = 1U << 2U;
 constexpr std::uint16_t kTensorIsNeg = 1U << 3U;
+constexpr std::uint16_t kTensorIsArray = 1U << 4U;  // a numpy array: stays in host memory
 constexpr std::uint16_t kTensorFlagsKnown =
-    kTensorRequiresGrad | kTensorIsParameter | kTensorIsConj | kTensorIsNeg;
+    kTensorRequiresGrad | kTensorIsParameter | kTensorIsConj | kTensorIsNeg | kTensorIsArray;
 
 // ---- Records, as they lie in the file (little-endian) ----
 

@@ -22,11 +22,12 @@ std::size_t threads_for(std::uint64_t bytes) {
 
 }  // namespace
 
-Reader::Reader(const std::string& path, Access access) : file_(path) {
+Reader::Reader(const std::string& path, const std::string& name, Access access)
+    : file_(path, name) {
   try {
     read_header(access);
   } catch (Error& error) {
-    error.path = path;
+    error.path = name;
     throw;
   }
 }
@@ -163,7 +164,7 @@ void Reader::check_padding() const {
     if (std::any_of(padding, padding + bytes, [](std::byte b) { return b != std::byte{0}; })) {
       throw Error(Failure::kFormat,
                   "the padding before byte " + std::to_string(storage.offset) + " is not zero",
-                  file_.path());
+                  file_.name());
     }
     end = storage.offset + storage.bytes;
   }

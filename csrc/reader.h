@@ -24,8 +24,10 @@ enum class Access {
 // An .fsd file whose header has been read and validated. Thread-safe.
 class Reader {
  public:
-  // Reads the header, and maps the data unless it is to be read. Throws Error with the path.
-  Reader(const std::string& path, Access access);
+  // Reads the header, and maps the data unless it is to be read. Throws Error with the file's name,
+  // which is what messages call it.
+  Reader(const std::string& path, const std::string& name, Access access);
+  Reader(const std::string& path, Access access) : Reader(path, path, access) {}
 
   const File& file() const { return file_; }
   const Header& header() const { return header_; }

@@ -1,6 +1,7 @@
 #include "tensor.h"
 
 #include <memory>
+#include <optional>
 #include <utility>
 
 namespace fastsd {
@@ -18,6 +19,8 @@ struct Torch {
   PyObject* requires_grad = nullptr;
   PyObject* is_neg = nullptr;
   PyObject* is_conj = nullptr;
+  PyObject* untyped_storage = nullptr;
+  PyObject* storage_offset = nullptr;
 };
 Torch g_torch;
 
@@ -126,6 +129,23 @@ bool has_no_flags(PyObject* tensor, const DTypeInfo& dtype) {
          (!is_complex || returns_false(tensor, g_torch.is_conj));
 }
 
+// A storage can be made smaller under a tensor, which then reaches past its end.
+bool is_within_storage(PyObject* tensor, const Strided& view) {
+  const Reference storage(PyObject_CallOneArg(g_torch.untyped_storage, tensor));
+  const Reference offset(PyObject_CallOneArg(g_torch.storage_offset, tensor));
+  const Py_ssize_t bytes = storage.get() == nullptr ? -1 : PyObject_Size(storage.get());
+  const Py_ssize_t items = offset.get() == nullptr ? -1 : PyLong_AsSsize_t(offset.get());
+  if (bytes < 0 || items < 0) {
+    PyErr_Clear();
+    return false;
+  }
+  const auto available = static_cast<std::uint64_t>(bytes);
+  const auto skipped = static_cast<std::uint64_t>(items);
+  const std::optional<std::uint64_t> extent = extent_bytes(view);
+  return extent && (*extent == 0 || (skipped <= available / view.item_bytes &&
+                                     *extent <= available - skipped * view.item_bytes));
+}
+
 // Torch exports int4 as int8, and so on; only the attribute tells.
 bool is_eight_bit_impostor(PyObject* tensor, const DTypeInfo& info) {
   if (info.dtype == DType::kUInt8) return !gives(tensor, g_torch.dtype, g_torch.uint8);
@@ -180,6 +200,8 @@ bool set_torch(PyObject* tensor_type, PyObject* uint8, PyObject* int8, PyObject*
   torch.requires_grad = find("requires_grad");
   torch.is_neg = find("is_neg");
   torch.is_conj = find("is_conj");
+  torch.untyped_storage = find("untyped_storage");
+  torch.storage_offset = find("storage_offset");
   if (PyErr_Occurred() != nullptr) return false;
   g_torch = torch;
   return true;
@@ -215,6 +237,9 @@ bool describe_plain(PyObject* tensor, PlainTensor* plain) {
   const DTypeInfo* dtype = find_dtype(described.dtype);
   if (dtype == nullptr || is_eight_bit_impostor(tensor, *dtype) || !has_no_flags(tensor, *dtype))
     return false;
+  const Strided view{dtype->item_bytes, static_cast<std::uint32_t>(described.ndim), described.shape,
+                     described.strides};
+  if (!is_within_storage(tensor, view)) return false;
   *plain = {static_cast<const std::byte*>(described.data) + described.byte_offset, dtype,
             static_cast<std::uint32_t>(described.ndim), described.shape, described.strides};
   return true;

@@ -61,9 +61,11 @@ class Plan(metaclass=_pybind11_type):
 class Reader(metaclass=_pybind11_type):
     """An .fsd file whose header has been validated. Thread-safe."""
 
-    def __init__(self, path: str | bytes, mmap: bool | None) -> None: ...
+    def __init__(self, path: str | bytes, name: str | bytes, mmap: bool | None) -> None:
+        """``name`` is what messages call the file."""
+
     @property
-    def path(self) -> str: ...
+    def name(self) -> str: ...
     @property
     def is_mapped(self) -> bool: ...
     @property

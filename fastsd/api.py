@@ -13,8 +13,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 from fastsd import _core, tree
 from fastsd.archive import Archive, load_tensors
 from fastsd.archive import verify as verify_archive
-from fastsd.errors import ChecksumError, FastsdError, UnsupportedError
-from fastsd.files import is_path, is_stream_path, readable_path, write_stream
+from fastsd.errors import ChecksumError, FormatError, UnsupportedError
+from fastsd.files import encode_path, is_path, is_stream_path, open_source, write_stream
 from fastsd.formats import fsd
 from fastsd.placement import find_restore
 from fastsd.tensors import CPU, Describer
@@ -68,7 +68,7 @@ def save(
             raise TypeError(f"expected a path or a binary file object, not {type(f).__name__}")
         write_stream(plan, f, durable=durable, checksum=checksum)  # type: ignore[arg-type]
         return
-    path = os.fsencode(f)  # type: ignore[arg-type]
+    path = encode_path(f)
     if is_stream_path(path):
         with builtins.open(path, "wb") as stream:
             write_stream(plan, stream, durable=False, checksum=checksum)
@@ -125,8 +125,8 @@ def load(
     and what torch raises where `map_location` cannot be met.
     """
     _check_verify(verify)
-    with readable_path(f) as path:
-        return _load(fsd.open_reader(path, mmap), map_location, verify)
+    with open_source(f) as source:
+        return _load(fsd.open_reader(source, mmap), map_location, verify)
 
 
 def _check_verify(verify: str) -> None:
@@ -141,19 +141,25 @@ def _load(reader: _core.Reader, map_location: Any, verify: Verify) -> Any:
             raise ChecksumError(
                 f"there is nothing to check {len(report.unchecked)} tensors against: "
                 "they were saved with checksum=False",
-                path=reader.path,
+                path=reader.name,
                 tensors=report.unchecked,
             )
-    tensors = load_tensors(reader, find_restore(map_location, reader.devices))
-    text = reader.section(fsd.Section.TREE)
+    restore = find_restore(map_location, reader.devices)
     try:
-        if text is not None:
-            return tree.restore_tree(text, list(tensors.values()))
-        is_ordered = bool(reader.file_flags & fsd.ROOT_IS_ORDERED_DICT)
-        return tree.restore_flat(tensors, is_ordered, reader.section(fsd.Section.STATE_METADATA))
-    except FastsdError as error:
-        error.path = reader.path
+        return _restore(reader, load_tensors(reader, restore))
+    except FormatError as error:
+        error.path = reader.name
         raise
+
+
+def _restore(reader: _core.Reader, tensors: dict[str, torch.Tensor]) -> Any:
+    """The object that was saved, from its tensors."""
+    fsd.decode_metadata(reader)  # for open() to give, but damaged is damaged
+    text = reader.section(fsd.Section.TREE)
+    if text is not None:
+        return tree.restore_tree(text, list(tensors.values()))
+    is_ordered = bool(reader.file_flags & fsd.ROOT_IS_ORDERED_DICT)
+    return tree.restore_flat(tensors, is_ordered, reader.section(fsd.Section.STATE_METADATA))
 
 
 def load_into(
@@ -180,11 +186,11 @@ def load_into(
     ``load_state_dict`` raise, and UnsupportedError if the file does not hold a dictionary.
     """
     is_mapped = True if mmap is None and not assign else mmap
-    with readable_path(f) as path:
-        reader = fsd.open_reader(path, is_mapped)
+    with open_source(f) as source:
+        reader = fsd.open_reader(source, is_mapped)
     state = _load(reader, CPU, "structure")
     if not isinstance(state, dict):
-        raise UnsupportedError(f"holds a {type(state).__name__}, no state_dict", path=reader.path)
+        raise UnsupportedError(f"holds a {type(state).__name__}, no state_dict", path=reader.name)
     if assign:
         return _load_state(module_or_mapping, state, strict, assign)
     prefetch = _core.Prefetch(reader)
@@ -217,7 +223,10 @@ def _load_into_mapping(
     if strict and missing:
         problems.append("Missing key(s): " + ", ".join(f'"{key}"' for key in missing) + ".")
     for key in common:
-        wanted, found = getattr(target[key], "shape", None), getattr(state[key], "shape", None)
+        if not (isinstance(target[key], torch.Tensor) and isinstance(state[key], torch.Tensor)):
+            problems.append(f"{key} is no tensor in the file and in the mapping.")
+            continue
+        wanted, found = target[key].shape, state[key].shape
         if wanted != found:
             problems.append(
                 f"size mismatch for {key}: {found} in the file, {wanted} in the mapping."
@@ -239,5 +248,5 @@ def open(f: PathOrFile, device: torch.device | str = CPU, *, mmap: bool | None =
     ``device`` is where they are put then; ``mmap`` as for `load`. Nested files are mappings too:
     their names are the keys on the way, joined by dots. Raises what `load` raises.
     """
-    with readable_path(f) as path:
-        return fsd.open_archive(path, mmap, device)
+    with open_source(f) as source:
+        return fsd.open_archive(source, mmap, device)

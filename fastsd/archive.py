@@ -123,7 +123,7 @@ class Archive(Mapping[str, torch.Tensor]):
         return name in self._numbers
 
     def __repr__(self) -> str:
-        state = "closed" if self._reader is None else repr(self._reader.path)
+        state = "closed" if self._reader is None else repr(self._reader.name)
         return f"<fastsd.Archive {state}, {len(self)} tensors>"
 
     # ---- Looking without reading ----
@@ -199,7 +199,7 @@ class Archive(Mapping[str, torch.Tensor]):
         # Torch itself says what an index means, on a tensor without memory.
         whole = torch.empty_strided(record.shape, record.stride, dtype=torch.uint8, device="meta")
         part = whole[index]
-        if part._base is not whole:
+        if part.untyped_storage()._cdata != whole.untyped_storage()._cdata:
             raise TypeError(f"a slice takes integers, slices, ... and None, not {index!r}")
         offset = record.storage_offset + int(part.storage_offset())
         part_record = record._replace(shape=tuple(part.shape), stride=part.stride())
@@ -211,7 +211,8 @@ class Archive(Mapping[str, torch.Tensor]):
             base, base_begin = self._base(reader, part_record, offset, dtype.itemsize)
             first = offset - base_begin // dtype.itemsize
             tensor = view_storage(base.untyped_storage(), dtype, first, part_record)
-        return apply_flags(name, tensor, record.flags).to(self._device)
+        tensor = apply_flags(name, tensor, record.flags)
+        return tensor if tensor.is_meta else tensor.to(self._device)
 
     def _base(
         self, reader: _core.Reader, record: TensorRecord, offset: int, itemsize: int
@@ -271,7 +272,7 @@ def verify(reader: _core.Reader) -> Verification:
             f"{place.offset} to {place.offset + place.nbytes}; tensors affected: "
             + ", ".join(f'"{name}"' for name in affected[:10])
             + (f" and {len(affected) - 10} more" if len(affected) > 10 else ""),
-            path=reader.path,
+            path=reader.name,
             tensors=tuple(affected),
         )
     return Verification(checked, tuple(unchecked))

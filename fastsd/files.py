@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from fastsd import _core
-from fastsd.errors import FastsdError
 
 _CHUNK_BYTES = 8 << 20
 # docs/FORMAT.md, "The preamble".
@@ -23,6 +23,14 @@ def is_path(f: object) -> bool:
     return isinstance(f, (str, bytes, os.PathLike))
 
 
+def encode_path(f: Any) -> bytes:
+    """The path as the system takes it. Raises ValueError for one that holds a null byte."""
+    path = os.fsencode(f)
+    if b"\0" in path:
+        raise ValueError("embedded null byte")
+    return path
+
+
 def is_stream_path(path: str | bytes) -> bool:
     """Whether a device or a pipe is there, which is written to and not replaced."""
     try:
@@ -32,26 +40,30 @@ def is_stream_path(path: str | bytes) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
+class Source(NamedTuple):
+    """Where the core can read, and what messages call it."""
+
+    path: bytes
+    name: bytes
+
+
 @contextmanager
-def readable_path(f: Any) -> Iterator[bytes]:
-    """A path under which the core can read what `f` is, for as long as the context is open.
+def open_source(f: Any) -> Iterator[Source]:
+    """A path under which the core can open what `f` is, for as long as the context lasts.
 
     A file object is read from where it stands and left behind the archive. A regular file that
     holds just the archive is opened again, so that it can be mapped; from anything else the
-    archive is copied once, into memory. Errors name `f` in place of the path.
+    archive is copied once, into memory.
     """
     if is_path(f):
-        yield os.fsencode(f)
+        path = encode_path(f)
+        yield Source(path, path)
         return
     if not hasattr(f, "read"):
         raise TypeError(f"expected a path or a binary file object, not {type(f).__name__}")
-    name = str(getattr(f, "name", None) or f)
+    name = os.fsencode(str(getattr(f, "name", None) or f))
     with _descriptor(f) as descriptor:
-        try:
-            yield b"/proc/self/fd/%d" % descriptor
-        except FastsdError as error:
-            error.path = name
-            raise
+        yield Source(b"/proc/self/fd/%d" % descriptor, name)
 
 
 @contextmanager
@@ -114,4 +126,6 @@ def _write_all(f: IO[bytes], data: memoryview) -> None:
     # Raw files may take less than they are given; others return the length, or nothing.
     while data:
         written = f.write(data)
+        if written == 0:
+            raise OSError(errno.EIO, "write() took nothing", str(getattr(f, "name", f)))
         data = data[len(data) if written is None else written :]

@@ -27,6 +27,7 @@ REQUIRES_GRAD = 1
 IS_PARAMETER = 2
 IS_CONJ = 4
 IS_NEG = 8
+IS_ARRAY = 16
 
 CPU = "cpu"
 
@@ -116,7 +117,7 @@ class Describer:
             self._kept.append(array)
         stride = tuple(s // itemsize for s in array.strides)
         number = _NUMPY_NUMBERS[array.dtype]
-        return (array.ctypes.data, number, array.shape, stride, 0, 0, identity)
+        return (array.ctypes.data, number, array.shape, stride, IS_ARRAY, 0, identity)
 
     def _describe_tensor(self, name: str, tensor: torch.Tensor) -> Described:
         check_supported(name, tensor)
@@ -234,9 +235,10 @@ def rebuild_rest(
         if stored.has_no_data:
             tensor = torch.empty_strided(record.shape, record.stride, dtype=dtype, device="meta")
         else:
-            if record.storage not in storages:
-                storage = bases[record.storage].untyped_storage()
-                storages[record.storage] = restore(storage, stored.device) if restore else storage
-            storage = storages[record.storage]
+            storage = bases[record.storage].untyped_storage()
+            if restore is not None and not record.flags & IS_ARRAY:
+                if record.storage not in storages:
+                    storages[record.storage] = restore(storage, stored.device)
+                storage = storages[record.storage]
             tensor = view_storage(storage, dtype, record.storage_offset, record)
         by_name[name] = apply_flags(name, tensor, record.flags)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -74,10 +75,10 @@ def _flatten_dict(obj: object) -> Flat | None:
     return Flat(names, values, is_ordered=True, state_metadata=metadata)
 
 
-def _are_utf8(names: list[str]) -> bool:
+def _are_utf8(names: Iterable[str]) -> bool:
     try:
         return "".join(names).encode() is not None
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can hold and UTF-8 cannot
+    except UnicodeEncodeError:  # a surrogate
         return False
 
 
@@ -87,7 +88,13 @@ def _encode_state_metadata(metadata: object) -> bytes | None:
         return None
     encoder = _Encoder()
     items = {name: encoder.encode(value, "_metadata") for name, value in metadata.items()}
-    is_regular = set(map(type, metadata)) <= {str} and not encoder.tensors and not encoder.repeated
+    is_regular = (
+        set(map(type, metadata)) <= {str}
+        and _are_utf8(metadata)
+        and not _is_special(metadata)
+        and not encoder.tensors
+        and not encoder.repeated
+    )
     return _to_json(items) if is_regular else None
 
 
@@ -111,16 +118,15 @@ class _Encoder:
     def __init__(self, known_repeated: Iterable[int] = ()) -> None:
         self.names: list[str] = []
         self.tensors: list[torch.Tensor | np.ndarray] = []
-        self.repeated: set[int] = set()
-        self._marks = dict.fromkeys(known_repeated, -1)
+        self.repeated: list[int] = []
+        self._marks = {identity: i for i, identity in enumerate(dict.fromkeys(known_repeated))}
         self._used_names: set[str] = set()
         self._seen: set[int] = set()
         self._open: set[int] = set()
-        self._kept: list[object] = []
 
     def encode(self, value: Any, path: str) -> Any:
         kind = type(value)
-        if kind is str or kind is bool or value is None:
+        if kind is bool or value is None or (kind is str and value.isascii()):
             return value
         encode = _ENCODERS.get(kind)
         if encode is not None:
@@ -136,22 +142,26 @@ class _Encoder:
         if identity in self._open:
             raise UnsupportedError(f"{_place(path)} contains itself")
         if identity in self._seen:
-            mark = self._marks.get(identity)
-            if mark is not None:
-                return {"$ref": mark}
-            self.repeated.add(identity)
+            if identity in self._marks:
+                return {"$ref": self._marks[identity]}
+            self.repeated.append(identity)
             return None
-        self._seen.add(identity)
+        if type(value) in _SHAREABLE:
+            self._seen.add(identity)
         self._open.add(identity)
         node = encode(self, value, path)
         self._open.remove(identity)
-        attributes = getattr(value, "__dict__", None)
-        if attributes:
-            node = {"$attributes": [node, self._encode_items(attributes, path)]}
         if identity in self._marks:
-            self._marks[identity] = len([m for m in self._marks.values() if m >= 0])
             node = {"$def": [self._marks[identity], node]}
         return node
+
+    def _encode_attributes(self, node: Any, value: Any, path: str) -> Any:
+        """The node of a value that may have attributes of its own."""
+        attributes = vars(value)
+        if not attributes:
+            return node
+        check_attributes(value, attributes)
+        return {"$attributes": [node, self._encode_items(attributes, path)]}
 
     def _encode_other(self, value: Any, path: str) -> Any:
         if isinstance(value, np.generic):
@@ -170,6 +180,12 @@ class _Encoder:
             f"{_place(path)} is a {module}.{type(value).__qualname__}, which is not plain data"
             + (f": {hint}" if hint else "")
         )
+
+    def _encode_str(self, value: str, path: str) -> Any:
+        # JSON would join a pair of surrogates into one character.
+        if _are_utf8([value]):
+            return value
+        return {"$str": _base64(value.encode("utf-8", "surrogatepass"))}
 
     def _encode_int(self, value: int, path: str) -> Any:
         return value if -_INT_MAX <= value <= _INT_MAX else {"$int": hex(value)}
@@ -205,11 +221,12 @@ class _Encoder:
         return node if isinstance(node, dict) else {"$dict": node}
 
     def _encode_ordered_dict(self, value: OrderedDict[Any, Any], path: str) -> Any:
-        return {"$OrderedDict": self._encode_items(value, path)}
+        node = {"$OrderedDict": self._encode_items(value, path)}
+        return self._encode_attributes(node, value, path)
 
     def _encode_items(self, value: dict[Any, Any], path: str) -> Any:
         """A JSON object where that is unambiguous, else a list of pairs."""
-        if set(map(type, value)) <= {str} and not _is_special(value):
+        if set(map(type, value)) <= {str} and not _is_special(value) and _are_utf8(value):
             return {key: self.encode(v, _join(path, key)) for key, v in value.items()}
         return [
             [self.encode(key, path), self.encode(v, _join(path, key))] for key, v in value.items()
@@ -221,16 +238,13 @@ class _Encoder:
         return {"$" + type(value).__name__: nodes}
 
     def _encode_tensor(self, value: torch.Tensor, path: str) -> Any:
-        node = {"$tensor": self._add(value, path)}
-        attributes = getattr(value, "__dict__", None)
-        return {"$attributes": [node, self._encode_items(attributes, path)]} if attributes else node
+        return self._encode_attributes({"$tensor": self._add(value, path)}, value, path)
 
     def _encode_array(self, value: np.ndarray, path: str) -> Any:
         if is_numpy_native(value.dtype):
             return {"$ndarray": [self._add(value, path)]}
         dtype = _describe_dtype(value.dtype, path)
         raw = np.frombuffer(np.ascontiguousarray(value).tobytes(), np.uint8)
-        self._kept.append(raw)
         return {"$ndarray": [self._add(raw, path), dtype, list(value.shape)]}
 
     def _add(self, value: torch.Tensor | np.ndarray, path: str) -> int:
@@ -246,6 +260,7 @@ class _Encoder:
 
 
 _ENCODERS: dict[type, Callable[[_Encoder, Any, str], Any]] = {
+    str: _Encoder._encode_str,
     int: _Encoder._encode_int,
     float: _Encoder._encode_float,
     complex: _Encoder._encode_complex,
@@ -258,7 +273,6 @@ _ENCODERS: dict[type, Callable[[_Encoder, Any, str], Any]] = {
     torch.Tensor: _Encoder._encode_tensor,
     torch.nn.Parameter: _Encoder._encode_tensor,
 }
-# Values that may be met twice, and then are one object again after loading.
 _CONTAINERS: dict[type, Callable[[_Encoder, Any, str], Any]] = {
     list: _Encoder._encode_list,
     tuple: _Encoder._encode_tuple,
@@ -269,6 +283,10 @@ _CONTAINERS: dict[type, Callable[[_Encoder, Any, str], Any]] = {
     bytearray: _Encoder._encode_bytearray,
     np.ndarray: _Encoder._encode_array,
 }
+# Met twice, these are one object again after loading. Not what can be a key: hashing a tuple takes
+# as long as all paths through it, of which a few shared levels make more than can be walked.
+_SHAREABLE = _CONTAINERS.keys() - {tuple, frozenset}
+_HAVE_ATTRIBUTES = {OrderedDict, *_TENSOR_TYPES}
 
 
 def _is_special(value: dict[Any, Any]) -> bool:
@@ -288,9 +306,24 @@ def _base64(value: bytes | bytearray) -> str:
 
 
 def _describe_dtype(dtype: np.dtype[Any], path: str) -> Any:
-    if dtype.hasobject:
-        raise UnsupportedError(f"{_place(path)} is a numpy {dtype}, which holds Python objects")
-    return np.lib.format.dtype_to_descr(dtype)
+    try:
+        descr = np.lib.format.dtype_to_descr(dtype)
+        is_kept = _restore_dtype(json.loads(json.dumps(descr))) == dtype
+    except (ValueError, TypeError):  # Python objects, overlapping fields, fields out of order
+        is_kept = False
+    if not is_kept:
+        raise UnsupportedError(
+            f"{_place(path)} has a numpy dtype that cannot be described: {dtype}"
+        )
+    return descr
+
+
+def check_attributes(value: Any, attributes: dict[Any, Any]) -> None:
+    """Raises unless these may be attributes of the value's own: strings that its class has not."""
+    for name in attributes:
+        if type(name) is not str or hasattr(type(value), name):
+            kind = type(value).__name__
+            raise UnsupportedError(f"an attribute {name!r} of a {kind} cannot be kept")
 
 
 # ---- To objects ----
@@ -300,34 +333,41 @@ def restore_flat(
     by_name: dict[str, torch.Tensor], is_ordered: bool, state_metadata: bytes | None
 ) -> dict[str, torch.Tensor]:
     """The flat dictionary that was saved; ``by_name`` itself where that will do."""
-    if not is_ordered:
-        return by_name
+    if state_metadata is None:
+        return OrderedDict(by_name) if is_ordered else by_name
     ordered = OrderedDict(by_name)
-    if state_metadata is not None:
-        vars(ordered)["_metadata"] = OrderedDict(_from_json(state_metadata, []))
+    metadata = _from_json(state_metadata, [], "state_metadata")
+    if type(metadata) is not dict:
+        raise FormatError("section state_metadata is no JSON object")
+    vars(ordered)["_metadata"] = OrderedDict(metadata)
     return ordered
 
 
 def restore_tree(text: bytes, tensors: list[torch.Tensor]) -> Any:
     """The object of a tree whose tensors are given. Raises FormatError."""
-    return _from_json(text, tensors)
+    return _from_json(text, tensors, "tree")
 
 
-def _from_json(text: bytes, tensors: list[torch.Tensor]) -> Any:
+def _from_json(text: bytes, tensors: list[torch.Tensor], section: str) -> Any:
     try:
-        if b'"$' not in text:
-            return json.loads(text, parse_constant=_reject_constant)
+        if b'"$' not in text and b'"\\u0024' not in text:
+            return json.loads(text.decode(), parse_constant=_reject_constant)
         hook = _Decoder(tensors).decode
-        return json.loads(text, object_pairs_hook=hook, parse_constant=_reject_constant)
-    except FormatError:
-        raise
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        # TypeError and the like: the JSON is well-formed and a node has not the shape it must have.
-        raise FormatError(f"the tree is damaged: {type(error).__name__}: {error}") from error
+        return json.loads(text.decode(), object_pairs_hook=hook, parse_constant=_reject_constant)
+    except Exception as error:
+        # Whatever JSON, numpy or torch raises for a text, or a node, that is not as it must be.
+        detail = f"section {section} is damaged: {type(error).__name__}: {error}"
+        raise FormatError(detail) from error
 
 
 def _reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
+
+
+def _expect(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
+    return value
 
 
 class _Decoder:
@@ -347,76 +387,119 @@ class _Decoder:
             raise ValueError("a name occurs twice in an object")
         return result
 
-    def _decode_def(self, node: list[Any]) -> Any:
-        number, value = node
+    def _decode_def(self, node: Any) -> Any:
+        number, value = _expect(node, list)
+        if _expect(number, int) in self._defined or type(value) not in _SHAREABLE:
+            raise ValueError(f"value {number} is defined twice, or is a {type(value).__name__}")
         self._defined[number] = value
         return value
 
-    def _decode_ref(self, number: int) -> Any:
-        return self._defined[number]
+    def _decode_ref(self, number: Any) -> Any:
+        return self._defined[_expect(number, int)]
 
-    def _decode_attributes(self, node: list[Any]) -> Any:
-        value, attributes = node
-        for name, attribute in dict(attributes).items():
-            setattr(value, name, attribute)
+    def _decode_attributes(self, node: Any) -> Any:
+        value, items = _expect(node, list)
+        if type(value) not in _HAVE_ATTRIBUTES:
+            raise TypeError(f"a {type(value).__name__} has no attributes")
+        attributes = _to_dict(dict, items)
+        check_attributes(value, attributes)
+        vars(value).update(attributes)  # and not setattr, which runs what the class has to say
         return value
 
-    def _decode_tensor(self, number: int) -> torch.Tensor:
-        if number < 0:
-            raise IndexError(number)
-        return self._tensors[number]
+    def _decode_tensor(self, number: Any) -> torch.Tensor:
+        index: int = _expect(number, int)
+        if index < 0:
+            raise IndexError(index)
+        return self._tensors[index]
 
-    def _decode_array(self, node: list[Any]) -> np.ndarray:
-        array: np.ndarray = self._decode_tensor(node[0]).numpy()
+    def _decode_array(self, node: Any) -> np.ndarray:
+        array: np.ndarray = self._decode_tensor(_expect(node, list)[0]).numpy()
         if len(node) == 1:
             return array
-        return np.frombuffer(bytearray(array), _restore_dtype(node[1])).reshape(node[2])
+        _, descr, shape = node
+        return _from_bytes(_expect(array.tobytes(), bytes), _restore_dtype(descr), shape)
 
 
 def _restore_dtype(descr: Any) -> np.dtype[Any]:
-    # JSON has no tuples, which numpy's own description is made of.
-    def to_tuples(node: Any) -> Any:
-        if not isinstance(node, list):
-            return node
-        return [tuple(map(to_field, field)) for field in node]
-
-    def to_field(part: Any) -> Any:
-        if isinstance(part, list):
-            return tuple(part) if all(isinstance(n, int) for n in part) else to_tuples(part)
-        return part
-
-    dtype: np.dtype[Any] = np.lib.format.descr_to_dtype(to_tuples(descr))
-    if dtype.hasobject:
-        raise ValueError(f"numpy dtype {dtype} holds Python objects")
-    return dtype
+    return np.dtype(np.lib.format.descr_to_dtype(_to_description(descr)))
 
 
-def _to_scalar(_: _Decoder, node: list[Any]) -> Any:
-    dtype, text = node
-    return np.frombuffer(base64.b64decode(text, validate=True), _restore_dtype(dtype))[0]
+# Only what numpy itself writes: its parser also takes expressions, and divides by what they say.
+_NUMPY_DTYPE = re.compile(
+    r"[<>|][biufcSUVmM]\d{1,9}(\[\d{0,9}(generic|[YMWDhms]|ms|us|ns|ps|fs|as)\])?"
+)
 
 
-def _to_float(text: str) -> float:
-    value: float = struct.unpack(">d", bytes.fromhex(text))[0]
+def _to_description(descr: Any) -> Any:
+    """A checked description of a dtype, with the tuples that JSON has made lists."""
+    if not isinstance(descr, list):
+        if not _NUMPY_DTYPE.fullmatch(_expect(descr, str)):
+            raise ValueError(f"{descr!r} describes no dtype")
+        return descr
+    fields = []
+    for name, dtype, *shape in descr:
+        title_and_name = tuple(name) if isinstance(name, list) else name
+        fields.append((title_and_name, _to_description(dtype), *map(tuple, shape)))
+    return fields
+
+
+def _from_bytes(data: bytes, dtype: np.dtype[Any], shape: Any) -> np.ndarray:
+    sizes = [_expect(size, int) for size in _expect(shape, list)]
+    if dtype.itemsize == 0:  # such as an empty string: no bytes tell how many there are
+        return np.zeros(sizes, dtype)
+    return np.frombuffer(bytearray(data), dtype).reshape(sizes)
+
+
+def _to_scalar(_: _Decoder, node: Any) -> Any:
+    descr, text = _expect(node, list)
+    return _from_bytes(_to_bytes(text), _restore_dtype(descr), [])[()]
+
+
+def _to_bytes(text: Any) -> bytes:
+    return base64.b64decode(_expect(text, str), validate=True)
+
+
+def _to_int(text: Any) -> int:
+    if not re.fullmatch("-?0x[0-9a-f]+", _expect(text, str)):
+        raise ValueError(f"{text!r} is no hexadecimal number")
+    return int(text, 16)
+
+
+def _to_float(text: Any) -> float:
+    value: float = struct.unpack(">d", bytes.fromhex(_expect(text, str)))[0]
     return value
 
 
-def _named(kind: type) -> Callable[[_Decoder, str], Any]:
-    def decode(_: _Decoder, name: str) -> Any:
-        value = getattr(torch, name)
-        if type(value) is not kind:
-            raise ValueError(f"torch.{name} is no {kind.__name__}")
-        return value
-
-    return decode
+def _to_complex(parts: Any) -> complex:
+    real, imaginary = _expect(parts, list)
+    return complex(_to_float(real), _to_float(imaginary))
 
 
-def _to_return_type(_: _Decoder, node: list[Any]) -> Any:
-    name, values = node
-    kind = getattr(torch.return_types, name)
+def _to_size(sizes: Any) -> torch.Size:
+    return torch.Size([_expect(size, int) for size in _expect(sizes, list)])
+
+
+def _to_dict(kind: type[dict[Any, Any]], items: Any) -> Any:
+    if type(items) is not dict:
+        items = [(key, value) for key, value in _expect(items, list)]
+    result = kind(items)
+    if len(result) != len(items):
+        raise ValueError("a key occurs twice in a dictionary")
+    return result
+
+
+def _named(kind: type) -> Callable[[_Decoder, Any], Any]:
+    # Looked up here and not with getattr, for which torch imports whatever module has the name.
+    values = {name: value for name, value in vars(torch).items() if type(value) is kind}
+    return lambda _, name: values[_expect(name, str)]
+
+
+def _to_return_type(_: _Decoder, node: Any) -> Any:
+    name, values = _expect(node, list)
+    kind = vars(torch.return_types)[_expect(name, str)]
     if not (isinstance(kind, type) and issubclass(kind, tuple)):
-        raise ValueError(f"torch.return_types.{name} is no named tuple")
-    return kind(values)
+        raise TypeError(f"torch.return_types.{name} is no named tuple")
+    return kind(_expect(values, list))
 
 
 _DECODERS: dict[str, Callable[[_Decoder, Any], Any]] = {
@@ -426,20 +509,21 @@ _DECODERS: dict[str, Callable[[_Decoder, Any], Any]] = {
     "$tensor": _Decoder._decode_tensor,
     "$ndarray": _Decoder._decode_array,
     "$numpy": _to_scalar,
-    "$int": lambda _, text: int(text, 16),
+    "$str": lambda _, text: _to_bytes(text).decode("utf-8", "surrogatepass"),
+    "$int": lambda _, text: _to_int(text),
     "$float": lambda _, text: _to_float(text),
-    "$complex": lambda _, parts: complex(*map(_to_float, parts)),
-    "$bytes": lambda _, text: base64.b64decode(text, validate=True),
-    "$bytearray": lambda _, text: bytearray(base64.b64decode(text, validate=True)),
-    "$tuple": lambda _, values: tuple(values),
-    "$Size": lambda _, values: torch.Size(values),
+    "$complex": lambda _, parts: _to_complex(parts),
+    "$bytes": lambda _, text: _to_bytes(text),
+    "$bytearray": lambda _, text: bytearray(_to_bytes(text)),
+    "$tuple": lambda _, values: tuple(_expect(values, list)),
+    "$Size": lambda _, sizes: _to_size(sizes),
     "$return_type": _to_return_type,
-    "$set": lambda _, values: set(values),
-    "$frozenset": lambda _, values: frozenset(values),
-    "$dict": lambda _, pairs: dict(pairs),
-    "$OrderedDict": lambda _, items: OrderedDict(items),
+    "$set": lambda _, values: set(_expect(values, list)),
+    "$frozenset": lambda _, values: frozenset(_expect(values, list)),
+    "$dict": lambda _, pairs: _to_dict(dict, pairs),
+    "$OrderedDict": lambda _, items: _to_dict(OrderedDict, items),
     "$dtype": _named(torch.dtype),
-    "$device": lambda _, name: torch.device(name),
+    "$device": lambda _, name: torch.device(_expect(name, str)),
     "$layout": _named(torch.layout),
     "$memory_format": _named(torch.memory_format),
 }

@@ -86,7 +86,8 @@ def refusal(path, call=fastsd.load):
 def refusals_of_all(path, calls=ON_OPEN):
     """The one error that all calls give, and that a stream with the same bytes gives."""
     errors = [refusal(path, CALLS[name]) for name in calls]
-    assert len({(type(error), error.detail) for error in errors}) == 1
+    is_deep = "RecursionError" in errors[0].detail  # where exactly it was too deep may differ
+    assert len({(type(error), is_deep or error.detail) for error in errors}) == 1
     with pytest.raises(type(errors[0])) as caught:
         fastsd.load(io.BytesIO(path.read_bytes()))
     assert "BytesIO" in caught.value.path
@@ -192,12 +193,12 @@ def test_the_likely_cause_is_told_of_streams_too(name, path):
     assert caught.value.path == str(path)
 
 
-def test_what_is_no_regular_file_is_refused(tmp_path):
+def test_what_is_no_regular_file_is_refused(tmp_path, monkeypatch):
     fifo, sock, loop = tmp_path / "fifo", tmp_path / "socket", tmp_path / "loop"
     os.mkfifo(fifo)
     loop.symlink_to(loop)
     with socket.socket(socket.AF_UNIX) as listener:
-        os.chdir(tmp_path)  # a socket's path may not be long
+        monkeypatch.chdir(tmp_path)  # a socket's path may not be long
         listener.bind("socket")
         for call in CALLS.values():
             for path in (fifo, "/dev/null", "/dev/zero"):
@@ -607,6 +608,20 @@ def test_a_flip_of_any_byte_of_the_data_is_found_and_named(path):
             assert "4352" in error.detail
 
 
+def test_damage_of_a_stream_is_that_of_the_stream():
+    file = bytearray(SMALL_FILE)
+    file[-1] ^= 1
+    stream = io.BytesIO(file)
+    with pytest.raises(ChecksumError) as caught:
+        fastsd.load(stream, verify="checksums")
+    assert caught.value.path == str(stream)
+    stream.seek(0)
+    archive = fastsd.open(stream)
+    with pytest.raises(ChecksumError) as caught:
+        archive.verify()
+    assert caught.value.path == str(stream)
+
+
 def test_damage_is_not_looked_for_unless_asked(path):
     file = bytearray(SMALL_FILE)
     file[-1] ^= 1
@@ -877,7 +892,6 @@ def test_attributes_never_reach_what_a_tensor_is(number, name, path):
         assert torch.Tensor.requires_grad.__get__(found) is False
         assert torch.Tensor.grad.__get__(found) is None
         assert torch.Tensor._backward_hooks.__get__(found) is None
-        assert torch.Tensor.names.__get__(found) == (None,)
         assert set(vars(found)) <= {name}
         assert raw(found) == raw(wanted)
 
@@ -913,6 +927,9 @@ BAD_METADATA = {
     "a list": b"[]",
     "pairs": b'[["a", "b"]]',
     "a text": b'"a"',
+    "UTF-16 of strings": '{"a": "b"}'.encode("utf-16"),
+    "UTF-32 of strings": '{"a": "b"}'.encode("utf-32-le"),
+    "a surrogate in a value": b'{"a": "\xed\xa0\x80"}',
     "number as a value": b'{"a": 1}',
     "null as a value": b'{"a": null}',
     "a list as a value": b'{"a": ["b"]}',
@@ -922,11 +939,16 @@ BAD_METADATA = {
 
 @pytest.mark.parametrize("name", BAD_METADATA)
 def test_metadata_that_maps_no_strings_to_strings_is_refused(name, path):
-    """By every call: a header is valid or it is not."""
     path.write_bytes(write(TENSORS, [(8, 0, BAD_METADATA[name])]))
-    error = refusals_of_all(path)
+    error = refusal(path, fastsd.open)
     assert type(error) is FormatError
     assert "metadata" in error.detail
+
+
+@pytest.mark.parametrize("name", ["nothing", "no UTF-8", "NaN", "a list", "number as a value"])
+def test_metadata_is_checked_whether_or_not_it_is_used(name, path):
+    path.write_bytes(write(TENSORS, [(8, 0, BAD_METADATA[name])]))
+    refusals_of_all(path)
 
 
 BAD_STATE_METADATA = {
@@ -947,9 +969,12 @@ BAD_STATE_METADATA = {
 @pytest.mark.parametrize("name", BAD_STATE_METADATA)
 def test_damaged_state_metadata_is_refused(name, path):
     path.write_bytes(write(TENSORS, [(7, 0, BAD_STATE_METADATA[name])], flags=1))
-    error = refusals_of_all(path, ON_LOAD)
-    assert type(error) is FormatError
-    assert "metadata" in error.detail
+    assert type(refusals_of_all(path, ON_LOAD)) is FormatError
+
+
+def test_damaged_state_metadata_is_called_so(path):
+    path.write_bytes(write(TENSORS, [(7, 0, b"{")], flags=1))
+    assert "state_metadata" in refusal(path).detail
 
 
 # ---- Harm ----
@@ -988,22 +1013,32 @@ print("more MiB", peak_mib() - before, sep="|")
 """
 
 
-def load_elsewhere(files, tmp_path, limited=True):
-    """What loading each file gives in a process of its own; None for those it did not survive."""
+def load_elsewhere(files, tmp_path, *, limited=True, sizes=()):
+    """What loading each file gives in a process of its own; None for those it did not survive.
+
+    `sizes` are those of files that continue with a hole.
+    """
     good = tmp_path / "good"
     good.write_bytes(with_tree(T))
     for name, file in files.items():
         (tmp_path / name).write_bytes(file)
+        if name in sizes:
+            os.truncate(tmp_path / name, sizes[name])
     mode = "limited" if limited else "free"
     command = [sys.executable, "-c", LOAD_EACH, mode, good, *(tmp_path / name for name in files)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            output, _ = process.communicate(timeout=HANG_S - 5)
+            output, _ = process.communicate(timeout=HANG_S / 2)
         except subprocess.TimeoutExpired:
             process.kill()
             output, _ = process.communicate()
     found = {line.split("|")[0]: line.split("|")[1:] for line in output.splitlines()}
     return {name: found.get(name) for name in [*files, "more modules", "more MiB"]}
+
+
+def refused_with(found, files):
+    """The errors of each of the files, as a set."""
+    return {name: set(found[name] or ["died, or did not end"]) for name in files}
 
 
 def test_lies_about_sizes_take_no_memory(tmp_path):
@@ -1024,33 +1059,32 @@ def test_lies_about_sizes_take_no_memory(tmp_path):
         "repeated": with_tree([{"$def": [i, [{"$ref": i - 1}] * 100]} for i in range(1, 100)]),
     }
     found = load_elsewhere(lies, tmp_path)
-    assert {
-        name: set(found[name] or ["died"]) <= {"FormatError", "LimitError", "TruncatedError"}
-        for name in lies
-    } == dict.fromkeys(lies, True), found
+    errors = refused_with(found, lies)
+    assert {name: error for name, error in errors.items() if error != {"FormatError"}} == {
+        "file_bytes": {"TruncatedError"}
+    }
     assert int(found["more MiB"][0]) < 100
 
 
-def test_sparse_files_of_absurd_sizes_take_no_memory(tmp_path):
-    """A storage of 16 TiB that is there, as a hole: mapped, or the system says no."""
-    nbytes = 1 << 44
-    file = bytearray(write([Given(b"x", "uint8", (256,), (1,), bytes(256))]))
-    file = change(bytes(file), "preamble", 0, "file_bytes", 4096 + nbytes)
+def test_a_hole_of_8_tib_takes_no_memory(tmp_path):
+    """It is mapped, or the system says no."""
+    nbytes = 1 << 43
+    file = write([Given(b"x", "uint8", (256,), (1,), bytes(256))])
+    file = change(file, "preamble", 0, "file_bytes", 4096 + nbytes)
     file = change(file, "storage", 0, "bytes", nbytes)
-    try:
-        with (tmp_path / "probe").open("wb") as probe:
-            probe.truncate(4096 + nbytes)
-    except OSError:
-        pytest.skip("the file system has no files of 16 TiB")
-    (tmp_path / "probe").unlink()
+    file = change(file, "dim", 0, "", nbytes)
     path = tmp_path / "hole"
-    path.write_bytes(change(file, "dim", 0, "", nbytes))
-    os.truncate(path, 4096 + nbytes)
-    found = fastsd.load(path)["x"]
+    path.write_bytes(file)
+    try:
+        os.truncate(path, 4096 + nbytes)
+    except OSError:
+        pytest.skip("the file system has no files of 8 TiB")
+    found = fastsd.load(path, mmap=True)["x"]
     assert found.shape == (nbytes,)
     assert found[-1] == 0
-    with pytest.raises((OSError, MemoryError)):
-        fastsd.load(path, mmap=False)
+    found = load_elsewhere({"hole": file}, tmp_path, sizes={"hole": 4096 + nbytes})
+    assert found["hole"] == ["OSError", "OSError"]
+    assert int(found["more MiB"][0]) < 100
 
 
 def test_small_files_do_not_take_long(tmp_path):
@@ -1063,9 +1097,8 @@ def test_small_files_do_not_take_long(tmp_path):
         "key": with_tree([*tree, {"$dict": [[{"$ref": 60}, 1]]}]),
         "ordered key": with_tree([*tree, {"$OrderedDict": [[{"$ref": 60}, 1]]}]),
     }
-    for name, file in bombs.items():
-        found = load_elsewhere({name: file}, tmp_path)
-        assert found[name], f"{name}: hangs"
+    found = load_elsewhere(bombs, tmp_path)
+    assert None not in found.values()
 
 
 def test_descriptions_that_numpy_cannot_stand_are_refused(tmp_path):
@@ -1075,9 +1108,7 @@ def test_descriptions_that_numpy_cannot_stand_are_refused(tmp_path):
         for kind, value in {"$numpy": [dtype, "AAAAAAAAAAA="], "$ndarray": [1, dtype, [1]]}.items():
             bombs[f"{kind} {len(bombs)}"] = with_tree({kind: value})
     found = load_elsewhere(bombs, tmp_path)
-    assert {name: set(found[name] or ["died"]) for name in bombs} == {
-        name: {"FormatError"} for name in bombs
-    }
+    assert refused_with(found, bombs) == {name: {"FormatError"} for name in bombs}
 
 
 def test_loading_runs_and_imports_nothing(tmp_path):
@@ -1096,9 +1127,7 @@ def test_loading_runs_and_imports_nothing(tmp_path):
     files = {f"{kind}{name}": with_tree({kind: name}) for kind in kinds for name in names}
     files |= {f"$return_type{name}": with_tree({"$return_type": [name, [1]]}) for name in names}
     found = load_elsewhere(files, tmp_path, limited=False)
-    assert {name: set(found[name] or ["died"]) for name in files} == {
-        name: {"FormatError"} for name in files
-    }
+    assert refused_with(found, files) == {name: {"FormatError"} for name in files}
     assert [name for name in found["more modules"] if name.startswith("torch.")] == []
 
 
@@ -1186,6 +1215,7 @@ def test_whatever_is_changed_both_readers_agree(file):
     except ValueError:
         wanted = None
     try:
+        fastsd.open(io.BytesIO(file))
         found = fastsd.load(io.BytesIO(file), map_location="cpu", verify="checksums")
     except FastsdError as error:
         meaningless = "marked as" in str(error) or "nothing to check" in str(error)
@@ -1268,7 +1298,7 @@ def test_saving_to_files_that_cannot_be_written(path):
     path.write_bytes(b"old")
     with path.open("rb") as file, pytest.raises(OSError, match=r"not writable|write"):
         fastsd.save(SMALL, file)
-    with path.open("rb") as file:
+    with path.open("r+b") as file:
         file.close()
         with pytest.raises(ValueError, match="closed"):
             fastsd.save(SMALL, file)

@@ -38,7 +38,7 @@ PYTHON_ALLOWED: dict[str, set[str]] = {
     "files": {"errors", "_core"},
     "tensors": {"errors", "_core"},
     "archive": {"tensors", "_core"},
-    "formats": {"archive", "_core"},
+    "formats": {"archive", "files", "_core"},
     "tree": {"formats"},
     "placement": {"formats"},
     "api": {"files", "tree", "placement", "_core"},

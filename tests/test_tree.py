@@ -468,11 +468,12 @@ keys = st.one_of(texts, hashables, st.floats(allow_nan=False))
 
 
 def grow(trees):
-    pairs = st.lists(st.tuples(keys, trees), max_size=4, unique_by=lambda pair: pair[0])
+    # Pairs rather than st.dictionaries, which names the whole strategy, at length, in a warning.
+    pairs = st.lists(st.tuples(keys, trees), max_size=4)
     return st.one_of(
         st.lists(trees, max_size=4),
         st.lists(trees, max_size=4).map(tuple),
-        st.dictionaries(texts, trees, max_size=4),
+        st.lists(st.tuples(texts, trees), max_size=4).map(dict),
         pairs.map(dict),
         pairs.map(OrderedDict),
         st.sets(hashables, max_size=4),

@@ -12,6 +12,7 @@ import torch
 from fastsd import _core
 from fastsd.archive import Archive
 from fastsd.errors import FormatError
+from fastsd.files import Source
 
 ROOT_IS_ORDERED_DICT = 1  # a flag of the file
 
@@ -25,20 +26,20 @@ class Section(IntEnum):
     PICKLE = 9
 
 
-def open_reader(path: str | bytes, mmap: bool | None) -> _core.Reader:
+def open_reader(source: Source, mmap: bool | None) -> _core.Reader:
     """Reads and validates a file's header. Raises FormatError with the likely cause, or OSError."""
     try:
-        return _core.Reader(path, mmap)
+        return _core.Reader(source.path, source.name, mmap)
     except FormatError as error:
-        cause = find_cause(path)
+        cause = find_cause(source.path)
         if cause:
-            raise FormatError(f"{error.detail}; {cause}", path=error.path) from None
+            raise type(error)(f"{error.detail}; {cause}", path=error.path) from None
         raise
 
 
-def open_archive(path: str | bytes, mmap: bool | None, device: torch.device | str) -> Archive:
+def open_archive(source: Source, mmap: bool | None, device: torch.device | str) -> Archive:
     """The archive in a file; errors as for `open_reader`."""
-    reader = open_reader(path, mmap)
+    reader = open_reader(source, mmap)
     return Archive(reader, decode_metadata(reader), device)
 
 
@@ -49,7 +50,7 @@ _OTHERS = (
     (b"\x80", "it looks like a pickle"),
     (b"version https://git-lfs", "it is a git-lfs pointer: run `git lfs pull`"),
     (b"<", "it looks like HTML or XML: a download that gave an error page?"),
-    (b"\x8fFSD\n", "its newlines were converted: it was copied as text"),
+    (b"\x8fFSD", "its newlines were converted: it was copied as text"),
     (b"\x89HDF", "it looks like an HDF5 file"),
     (b"GGUF", "it looks like a GGUF file"),
 )
@@ -67,7 +68,7 @@ def find_cause(path: str | bytes) -> str | None:
         return "it is empty: an interrupted copy or download?"
     if not any(first):
         return "it starts with zeros: it was never completely written"
-    if first[8:9] == b"{" and int.from_bytes(first[:8], "little") < size:
+    if first[4:9] == b"\0\0\0\0{":
         return "it looks like a safetensors file: use safetensors.torch.load_file"
     return next((cause for magic, cause in _OTHERS if first.startswith(magic)), None)
 
@@ -86,10 +87,10 @@ def decode_metadata(reader: _core.Reader) -> dict[str, str]:
     if text is None:
         return {}
     try:
-        metadata: Any = json.loads(text)
+        metadata: Any = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"section metadata is no JSON: {error}", path=reader.path) from error
+        raise FormatError(f"section metadata is no JSON: {error}", path=reader.name) from error
     is_strings = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
     if not is_strings:
-        raise FormatError("section metadata does not map strings to strings", path=reader.path)
+        raise FormatError("section metadata does not map strings to strings", path=reader.name)
     return dict(metadata)

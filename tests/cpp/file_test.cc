@@ -88,7 +88,7 @@ TEST(file_reads_at_offsets) {
   const Folder folder;
   write_whole(folder.path("f"), "0123456789");
   const File file(folder.path("f"));
-  CHECK(file.bytes() == 10 && file.path() == folder.path("f"));
+  CHECK(file.bytes() == 10 && file.name() == folder.path("f"));
   std::string target(4, '-');
   file.read_at(target.data(), 4, 6);
   CHECK(target == "6789");

@@ -1,6 +1,7 @@
 #include "file.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
@@ -67,6 +68,18 @@ std::string make_hidden_name() {
 std::string make_linked_name(const std::string& target) {
   const std::string name = ".fastsd-" + target + ".tmp";
   return name.size() <= NAME_MAX ? name : make_hidden_name();
+}
+
+// Waits a second at most for others who replace a file in the directory, as a stranger may hold the
+// lock for reasons of its own. What it returns holds the lock; it may hold none.
+Descriptor lock_directory(int directory) {
+  constexpr int attempts_max = 1000;
+  Descriptor lock(::openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  for (int i = 0; lock.get() >= 0 && i < attempts_max; ++i) {
+    if (::flock(lock.get(), LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) break;
+    ::usleep(1000);
+  }
+  return lock;
 }
 
 int batch_of(std::size_t pieces) {
@@ -340,40 +353,32 @@ void AtomicFile::truncate(std::uint64_t bytes) {
 }
 
 // A link never replaces a file and a rename does, so the unnamed file is linked beside the target
-// and then renamed. The name in between is the target's own, so that what a process killed between
-// the two calls has left is found and removed by the next. Two processes at work on one target may
-// take each other's link away, and then try again: one after the other becomes the target, each
-// complete.
-void AtomicFile::replace_target() {
-  constexpr int attempts_max = 1000;
+// and then renamed. The name in between is the target's own and used under a lock, which ends with
+// the process: what is found there was left by one that was killed between the two calls, and goes.
+Descriptor AtomicFile::link_hidden() {
   const std::string linked_name = make_linked_name(name_);
   char source[40];
   std::snprintf(source, sizeof source, "/proc/self/fd/%d", descriptor_.get());
   const int directory = directory_.get();
-  for (int attempt = 0; attempt < attempts_max; ++attempt) {
-    if (::linkat(AT_FDCWD, source, directory, linked_name.c_str(), AT_SYMLINK_FOLLOW) != 0) {
-      if (errno != EEXIST) fail(path_);
-      ::unlinkat(directory, linked_name.c_str(), 0);
-      continue;
-    }
-    if (::renameat(directory, linked_name.c_str(), directory, name_.c_str()) == 0) return;
-    if (errno == ENOENT) continue;
-    const int error = errno;
+  Descriptor lock = lock_directory(directory);
+  const auto link = [&] {
+    return ::linkat(AT_FDCWD, source, directory, linked_name.c_str(), AT_SYMLINK_FOLLOW);
+  };
+  if (link() != 0) {
+    if (errno != EEXIST) fail(path_);
     ::unlinkat(directory, linked_name.c_str(), 0);
-    fail(path_, error);
+    if (link() != 0) fail(path_);
   }
-  fail(path_, EBUSY);
+  hidden_name_ = linked_name;
+  return lock;
 }
 
 void AtomicFile::commit(bool durable) {
   if (durable) sync(descriptor_.get(), path_);
-  if (hidden_name_.empty()) {
-    replace_target();
-  } else {
-    if (::renameat(directory_.get(), hidden_name_.c_str(), directory_.get(), name_.c_str()) != 0)
-      fail(path_);
-    hidden_name_.clear();
-  }
+  const Descriptor lock = hidden_name_.empty() ? link_hidden() : Descriptor();
+  if (::renameat(directory_.get(), hidden_name_.c_str(), directory_.get(), name_.c_str()) != 0)
+    fail(path_);
+  hidden_name_.clear();
   if (!durable) return;
   const Descriptor directory(
       retry([&] { return ::openat(directory_.get(), ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));

@@ -142,7 +142,7 @@ class AtomicFile {
 
  private:
   void open_unnamed_or_hidden();
-  void replace_target();
+  Descriptor link_hidden();
 
   std::string path_;  // as given, for messages
   std::string name_;  // within the directory

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastsd.errors import ChecksumError
+from fastsd.errors import ChecksumError, FormatError
 from fastsd.tensors import (
     CPU,
     REQUIRES_GRAD,
@@ -211,7 +211,11 @@ class Archive(Mapping[str, torch.Tensor]):
             base, base_begin = self._base(reader, part_record, offset, dtype.itemsize)
             first = offset - base_begin // dtype.itemsize
             tensor = view_storage(base.untyped_storage(), dtype, first, part_record)
-        tensor = apply_flags(name, tensor, record.flags)
+        try:
+            tensor = apply_flags(name, tensor, record.flags)
+        except FormatError as error:
+            error.path = reader.name
+            raise
         return tensor if tensor.is_meta else tensor.to(self._device)
 
     def _base(

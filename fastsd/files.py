@@ -15,7 +15,7 @@ _CHUNK_BYTES = 8 << 20
 # docs/FORMAT.md, "The preamble".
 _PREAMBLE_BYTES = 48
 _FILE_BYTES_AT = 24
-_MAGIC = b"\x8fFSD\r\n\x1a\n"
+MAGIC = b"\x8fFSD\r\n\x1a\n"
 
 
 def is_path(f: object) -> bool:
@@ -69,7 +69,7 @@ def open_source(f: Any) -> Iterator[Source]:
 @contextmanager
 def _descriptor(f: Any) -> Iterator[int]:
     preamble = _read_up_to(f, _PREAMBLE_BYTES)
-    is_fsd = preamble.startswith(_MAGIC) and len(preamble) == _PREAMBLE_BYTES
+    is_fsd = preamble.startswith(MAGIC) and len(preamble) == _PREAMBLE_BYTES
     nbytes = int.from_bytes(preamble[_FILE_BYTES_AT : _FILE_BYTES_AT + 8], "little")
     if is_fsd and _is_regular_file_of(f, nbytes):
         f.seek(nbytes)

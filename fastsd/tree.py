@@ -12,6 +12,7 @@ import json
 import math
 import re
 import struct
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from operator import attrgetter
@@ -123,6 +124,7 @@ class _Encoder:
         self._used_names: set[str] = set()
         self._seen: set[int] = set()
         self._open: set[int] = set()
+        self._is_in_key = False
 
     def encode(self, value: Any, path: str) -> Any:
         kind = type(value)
@@ -141,19 +143,33 @@ class _Encoder:
         identity = id(value)
         if identity in self._open:
             raise UnsupportedError(f"{_place(path)} contains itself")
+        if self._is_in_key:
+            return encode(self, value, path)
         if identity in self._seen:
             if identity in self._marks:
                 return {"$ref": self._marks[identity]}
             self.repeated.append(identity)
             return None
-        if type(value) in _SHAREABLE:
-            self._seen.add(identity)
+        self._seen.add(identity)
         self._open.add(identity)
         node = encode(self, value, path)
         self._open.remove(identity)
         if identity in self._marks:
             node = {"$def": [self._marks[identity], node]}
         return node
+
+    def _encode_key(self, value: Any, path: str) -> Any:
+        """A key of a dictionary, or an element of a set: nothing in it is shared with the rest.
+
+        The elements of a set are sorted, so that none can refer to one before it. And hashing
+        takes as long as all the paths through a value, of which a few shared levels make too many
+        to walk.
+        """
+        was_in_key, self._is_in_key = self._is_in_key, True
+        try:
+            return self.encode(value, path)
+        finally:
+            self._is_in_key = was_in_key
 
     def _encode_attributes(self, node: Any, value: Any, path: str) -> Any:
         """The node of a value that may have attributes of its own."""
@@ -229,12 +245,13 @@ class _Encoder:
         if set(map(type, value)) <= {str} and not _is_special(value) and _are_utf8(value):
             return {key: self.encode(v, _join(path, key)) for key, v in value.items()}
         return [
-            [self.encode(key, path), self.encode(v, _join(path, key))] for key, v in value.items()
+            [self._encode_key(key, path), self.encode(v, _join(path, key))]
+            for key, v in value.items()
         ]
 
     def _encode_set(self, value: set[Any] | frozenset[Any], path: str) -> Any:
         # Sorted, as the same set may be iterated in another order by another process.
-        nodes = sorted((self.encode(v, path) for v in value), key=_to_json)
+        nodes = sorted((self._encode_key(v, path) for v in value), key=_to_json)
         return {"$" + type(value).__name__: nodes}
 
     def _encode_tensor(self, value: torch.Tensor, path: str) -> Any:
@@ -283,9 +300,6 @@ _CONTAINERS: dict[type, Callable[[_Encoder, Any, str], Any]] = {
     bytearray: _Encoder._encode_bytearray,
     np.ndarray: _Encoder._encode_array,
 }
-# Met twice, these are one object again after loading. Not what can be a key: hashing a tuple takes
-# as long as all paths through it, of which a few shared levels make more than can be walked.
-_SHAREABLE = _CONTAINERS.keys() - {tuple, frozenset}
 _HAVE_ATTRIBUTES = {OrderedDict, *_TENSOR_TYPES}
 
 
@@ -307,9 +321,15 @@ def _base64(value: bytes | bytearray) -> str:
 
 def _describe_dtype(dtype: np.dtype[Any], path: str) -> Any:
     try:
-        descr = np.lib.format.dtype_to_descr(dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # numpy warns where it would have to pickle
+            descr = np.lib.format.dtype_to_descr(dtype)
         is_kept = _restore_dtype(json.loads(json.dumps(descr))) == dtype
-    except (ValueError, TypeError):  # Python objects, overlapping fields, fields out of order
+    except (
+        ValueError,
+        TypeError,
+        UserWarning,
+    ):  # Python objects, overlapping fields, fields out of order
         is_kept = False
     if not is_kept:
         raise UnsupportedError(
@@ -376,6 +396,7 @@ class _Decoder:
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._tensors = tensors
         self._defined: dict[int, Any] = {}
+        self._unhashable: dict[int, Any] = {}  # tuples that share what is in them, by identity
 
     def decode(self, pairs: list[tuple[str, Any]]) -> Any:
         if len(pairs) == 1:
@@ -389,19 +410,54 @@ class _Decoder:
 
     def _decode_def(self, node: Any) -> Any:
         number, value = _expect(node, list)
-        if _expect(number, int) in self._defined or type(value) not in _SHAREABLE:
+        if _expect(number, int) in self._defined or type(value) not in _CONTAINERS:
             raise ValueError(f"value {number} is defined twice, or is a {type(value).__name__}")
         self._defined[number] = value
+        if type(value) in (tuple, frozenset):
+            self._unhashable[id(value)] = value
         return value
 
     def _decode_ref(self, number: Any) -> Any:
         return self._defined[_expect(number, int)]
 
+    def _decode_tuple(self, node: Any) -> Any:
+        value = tuple(_expect(node, list))
+        if any(id(element) in self._unhashable for element in value):
+            self._unhashable[id(value)] = value
+        return value
+
+    def _check_keys(self, keys: Iterable[Any]) -> None:
+        # Such a key would take longer to hash than anyone can wait; see _encode_key.
+        if self._unhashable and any(id(key) in self._unhashable for key in keys):
+            raise ValueError("a key or an element of a set shares what is in it")
+
+    def _decode_set(self, node: Any) -> set[Any]:
+        self._check_keys(_expect(node, list))
+        return set(node)
+
+    def _decode_frozenset(self, node: Any) -> frozenset[Any]:
+        return frozenset(self._decode_set(node))
+
+    def _decode_dict(self, node: Any) -> Any:
+        return self._to_dict(dict, _expect(node, list))
+
+    def _decode_ordered_dict(self, node: Any) -> Any:
+        return self._to_dict(OrderedDict, node)
+
+    def _to_dict(self, kind: type[dict[Any, Any]], items: Any) -> Any:
+        if type(items) is not dict:
+            items = [tuple(_expect(pair, list)) for pair in _expect(items, list)]
+            self._check_keys(key for key, _ in items)
+        result = kind(items)
+        if len(result) != len(items):
+            raise ValueError("a key occurs twice in a dictionary")
+        return result
+
     def _decode_attributes(self, node: Any) -> Any:
         value, items = _expect(node, list)
         if type(value) not in _HAVE_ATTRIBUTES:
             raise TypeError(f"a {type(value).__name__} has no attributes")
-        attributes = _to_dict(dict, items)
+        attributes = self._to_dict(dict, items)
         check_attributes(value, attributes)
         vars(value).update(attributes)  # and not setattr, which runs what the class has to say
         return value
@@ -417,7 +473,9 @@ class _Decoder:
         if len(node) == 1:
             return array
         _, descr, shape = node
-        return _from_bytes(_expect(array.tobytes(), bytes), _restore_dtype(descr), shape)
+        if array.dtype != np.uint8 or array.ndim != 1:
+            raise TypeError(f"expected bytes, found {array.ndim} dimensions of {array.dtype}")
+        return _from_bytes(array.tobytes(), _restore_dtype(descr), shape)
 
 
 def _restore_dtype(descr: Any) -> np.dtype[Any]:
@@ -444,7 +502,7 @@ def _to_description(descr: Any) -> Any:
 
 
 def _from_bytes(data: bytes, dtype: np.dtype[Any], shape: Any) -> np.ndarray:
-    sizes = [_expect(size, int) for size in _expect(shape, list)]
+    sizes = _to_sizes(shape)
     if dtype.itemsize == 0:  # such as an empty string: no bytes tell how many there are
         return np.zeros(sizes, dtype)
     return np.frombuffer(bytearray(data), dtype).reshape(sizes)
@@ -460,7 +518,7 @@ def _to_bytes(text: Any) -> bytes:
 
 
 def _to_int(text: Any) -> int:
-    if not re.fullmatch("-?0x[0-9a-f]+", _expect(text, str)):
+    if not re.fullmatch("-?0x[0-9a-fA-F]+", _expect(text, str)):
         raise ValueError(f"{text!r} is no hexadecimal number")
     return int(text, 16)
 
@@ -475,17 +533,10 @@ def _to_complex(parts: Any) -> complex:
     return complex(_to_float(real), _to_float(imaginary))
 
 
-def _to_size(sizes: Any) -> torch.Size:
-    return torch.Size([_expect(size, int) for size in _expect(sizes, list)])
-
-
-def _to_dict(kind: type[dict[Any, Any]], items: Any) -> Any:
-    if type(items) is not dict:
-        items = [(key, value) for key, value in _expect(items, list)]
-    result = kind(items)
-    if len(result) != len(items):
-        raise ValueError("a key occurs twice in a dictionary")
-    return result
+def _to_sizes(sizes: Any) -> list[int]:
+    if any(not -1 < _expect(size, int) < 2**63 for size in _expect(sizes, list)):
+        raise ValueError(f"{sizes} are no sizes")
+    return list(sizes)
 
 
 def _named(kind: type) -> Callable[[_Decoder, Any], Any]:
@@ -515,13 +566,13 @@ _DECODERS: dict[str, Callable[[_Decoder, Any], Any]] = {
     "$complex": lambda _, parts: _to_complex(parts),
     "$bytes": lambda _, text: _to_bytes(text),
     "$bytearray": lambda _, text: bytearray(_to_bytes(text)),
-    "$tuple": lambda _, values: tuple(_expect(values, list)),
-    "$Size": lambda _, sizes: _to_size(sizes),
+    "$tuple": _Decoder._decode_tuple,
+    "$Size": lambda _, sizes: torch.Size(_to_sizes(sizes)),
     "$return_type": _to_return_type,
-    "$set": lambda _, values: set(_expect(values, list)),
-    "$frozenset": lambda _, values: frozenset(_expect(values, list)),
-    "$dict": lambda _, pairs: _to_dict(dict, pairs),
-    "$OrderedDict": lambda _, items: _to_dict(OrderedDict, items),
+    "$set": _Decoder._decode_set,
+    "$frozenset": _Decoder._decode_frozenset,
+    "$dict": _Decoder._decode_dict,
+    "$OrderedDict": _Decoder._decode_ordered_dict,
     "$dtype": _named(torch.dtype),
     "$device": lambda _, name: torch.device(_expect(name, str)),
     "$layout": _named(torch.layout),

@@ -21,6 +21,7 @@ KINDS = {"$tuple": tuple, "$set": set, "$frozenset": frozenset, "$OrderedDict": 
 KINDS |= {"$dict": dict, "$bytes": lambda x: base64.b64decode(x, validate=True)}
 KINDS |= {"$int": lambda x: int(x, 16), "$bytearray": lambda x: bytearray(KINDS["$bytes"](x))}
 KINDS |= {"$float": lambda x: unpack(">d", bytes.fromhex(x))[0]}
+KINDS |= {"$str": lambda x: KINDS["$bytes"](x).decode("utf-8", "surrogatepass")}
 KINDS |= {"$complex": lambda x: complex(*map(KINDS["$float"], x))}
 NODES = "tensor ndarray numpy Size return_type dtype layout memory_format device attributes".split()
 BAD = AssertionError, AttributeError, LookupError, RuntimeError, TypeError, error
@@ -79,7 +80,7 @@ def check(data):
         name, s = parts[4][at:named].decode(), dims[dim:dimmed]
         reach = 1 + sum((s[i] - 1) * s[rank + i] for i in range(rank)) if all(s[:rank]) else 0
         assert min(s, default=0) >= 0 and (start + reach) * item <= storages[of].bytes, name
-        assert math.prod(n for n in s[:rank] if n) * item < 2**63 and bits < 16, named
+        assert math.prod(n for n in s[:rank] if n) * item < 2**63 and bits < 32, named
         views.append(Tensor(name, dtype, s[:rank], s[rank:], start, bits, same, of))
         assert views[same].same_as == same and views[same][1:] == views[-1][1:], named
     assert [named, dimmed, end] == [*map(len, (parts[4], dims, data))], (named, dimmed, end)

@@ -709,6 +709,7 @@ def test_the_flags_of_the_page_are_those_of_the_code():
         "parameter": constant("kTensorIsParameter"),
         "conj": constant("kTensorIsConj"),
         "neg": constant("kTensorIsNeg"),
+        "array": constant("kTensorIsArray"),
     }
     described = rows("A reader for which object identity means nothing may ignore it.")
     assert {name: 1 << int(bit) for bit, name, _ in described} == flags

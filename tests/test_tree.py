@@ -199,7 +199,7 @@ def test_a_set_shared_by_attributes_and_keys(round_trip):
     state.note = [shared]
     loaded = round_trip(state)
     assert_same(loaded, state)
-    assert loaded.note[0] is next(iter(loaded))[0]
+    assert loaded.note[0] is next(iter(loaded.values()))
 
 
 # ---- numpy ----

@@ -12,7 +12,7 @@ import torch
 from fastsd import _core
 from fastsd.archive import Archive
 from fastsd.errors import FormatError
-from fastsd.files import Source
+from fastsd.files import MAGIC, Source
 
 ROOT_IS_ORDERED_DICT = 1  # a flag of the file
 
@@ -66,6 +66,8 @@ def find_cause(path: str | bytes) -> str | None:
         return None
     if size == 0:
         return "it is empty: an interrupted copy or download?"
+    if first.startswith(MAGIC):
+        return None
     if not any(first):
         return "it starts with zeros: it was never completely written"
     if first[4:9] == b"\0\0\0\0{":

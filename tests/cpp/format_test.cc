@@ -534,7 +534,7 @@ TEST(format_rejects_wrong_tensor_fields) {
     CHECK(after_tensor(4, [&](T& t) { t.dtype = std::uint16_t(dtype); }) == Failure::kVersion);
   }
   for (std::uint32_t bit = 0; bit < 16; ++bit) {
-    const Outcome expected = bit < 4 ? kAccepted : Outcome(Failure::kVersion);
+    const Outcome expected = bit < 5 ? kAccepted : Outcome(Failure::kVersion);
     CHECK(after_tensor(4, [&](T& t) { t.flags = std::uint16_t(1U << bit); }) == expected);
   }
   CHECK(after_tensor(0, [](T& t) { t.reserved = 1; }) == Failure::kVersion);

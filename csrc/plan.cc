@@ -17,26 +17,12 @@ std::uint64_t distance(const std::byte* from, const std::byte* to) {
   return static_cast<std::uint64_t>(to - from);
 }
 
-// Zero bytes to put before a storage so that each member starts at a whole item of its dtype, as
-// torch demands of tensors that share a storage; nothing if no number of bytes does.
-template <class Members, class ItemBytes>
-std::optional<std::uint64_t> leading_bytes(const Members& members, const std::byte* base,
-                                           ItemBytes item_bytes) {
-  constexpr std::uint64_t item_bytes_max = 16;
-  for (std::uint64_t lead = 0; lead < item_bytes_max; ++lead) {
-    const bool fits = std::all_of(members.begin(), members.end(), [&](const auto& member) {
-      return (distance(base, member.begin) + lead) % item_bytes(member) == 0;
-    });
-    if (fits) return lead;
-  }
-  return std::nullopt;
-}
-
 }  // namespace
 
 void Plan::reserve(std::size_t tensors) {
   tensors_.reserve(tensors);
   views_.reserve(tensors);
+  extents_.reserve(tensors);
   dims_.reserve(4 * tensors);
   names_.reserve(32 * tensors);
 }
@@ -68,6 +54,7 @@ void Plan::add(const View& view, const std::int64_t* dims) {
   dims_.insert(dims_.end(), dims, dims + 2 * std::size_t{view.rank});
   tensors_.push_back(record);
   views_.push_back(view);
+  extents_.push_back(*extent);
 }
 
 Index Plan::index() const {
@@ -86,9 +73,8 @@ std::vector<Plan::Member> Plan::list_members() {
   std::vector<Member> members;
   members.reserve(tensors_.size());
   for (std::uint32_t i = 0; i < tensors_.size(); ++i) {
-    const std::uint64_t extent = *extent_bytes(index().view(tensors_[i]));
-    if (extent > 0 && !views_[i].has_no_data)
-      members.push_back({views_[i].data, views_[i].data + extent, i});
+    if (extents_[i] > 0 && !views_[i].has_no_data)
+      members.push_back({views_[i].data, views_[i].data + extents_[i], i});
   }
   const auto by_address = [](const Member& a, const Member& b) {
     return a.begin != b.begin ? a.begin < b.begin : a.tensor < b.tensor;
@@ -120,25 +106,8 @@ void Plan::finish() {
 // Makes one storage of views that overlap.
 void Plan::add_storage(const Member* first, std::size_t count) {
   const Span<Member> members(first, count);
-  const auto storage = static_cast<std::uint32_t>(storages_.size());
-  const auto item_bytes = [&](const Member& member) {
-    return std::uint64_t{find_dtype(tensors_[member.tensor].dtype)->item_bytes};
-  };
-  const std::byte* base = first->begin;
-  const std::byte* end = first->end;
-  const std::byte* covered = base;  // every byte before it is reachable
-  std::unordered_map<const void*, std::uint32_t> originals;
-  for (const Member& member : members) {
-    end = std::max(end, member.end);
-    if (member.begin <= covered && is_gapless(index().view(tensors_[member.tensor])))
-      covered = std::max(covered, member.end);
-    if (count > 1) {
-      const auto [original, is_new] =
-          originals.emplace(views_[member.tensor].identity, member.tensor);
-      tensors_[member.tensor].same_as = original->second;
-    }
-  }
-  const auto lead = leading_bytes(members, base, item_bytes);
+  if (count > 1) find_same_objects(members);
+  const std::optional<std::uint64_t> lead = count > 1 ? leading_bytes(members) : 0;
   if (!lead) {
     // Overlapping views at odd distances exist only where memory was wrapped by hand, and not even
     // torch can put them into one storage: each gets its own.
@@ -149,18 +118,44 @@ void Plan::add_storage(const Member* first, std::size_t count) {
     }
     return;
   }
-  Source source;
-  source.data = base - *lead;
-  source.is_gapless = covered == end && *lead == 0;
-  source.first_member = static_cast<std::uint32_t>(first - members_.data());
-  source.member_count = static_cast<std::uint32_t>(count);
-  sources_.push_back(source);
-  storages_.push_back({0, distance(source.data, end), 0, views_[first->tensor].device, 0, 0});
+  const std::byte* end = first->end;
+  const std::byte* covered = first->begin;  // every byte before it is reachable
+  const std::byte* data = first->begin - *lead;
   for (const Member& member : members) {
     TensorRecord& tensor = tensors_[member.tensor];
-    tensor.storage = storage;
-    tensor.storage_offset = distance(source.data, member.begin) / item_bytes(member);
+    end = std::max(end, member.end);
+    if (member.begin <= covered && is_gapless(index().view(tensor)))
+      covered = std::max(covered, member.end);
+    tensor.storage = static_cast<std::uint32_t>(storages_.size());
+    tensor.storage_offset = distance(data, member.begin) / find_dtype(tensor.dtype)->item_bytes;
   }
+  sources_.push_back({data, covered == end && *lead == 0,
+                      static_cast<std::uint32_t>(first - members_.data()),
+                      static_cast<std::uint32_t>(count)});
+  storages_.push_back({0, distance(data, end), 0, views_[first->tensor].device, 0, 0});
+}
+
+void Plan::find_same_objects(const Span<Member>& members) {
+  std::unordered_map<const void*, std::uint32_t> originals;
+  for (const Member& member : members) {
+    tensors_[member.tensor].same_as =
+        originals.emplace(views_[member.tensor].identity, member.tensor).first->second;
+  }
+}
+
+// Zero bytes to put before a storage so that each view starts at a whole item of its dtype, as
+// torch demands of tensors that share a storage; nothing if no number of bytes does.
+std::optional<std::uint64_t> Plan::leading_bytes(const Span<Member>& members) const {
+  constexpr std::uint64_t item_bytes_max = 16;
+  const std::byte* base = members[0].begin;
+  for (std::uint64_t lead = 0; lead < item_bytes_max; ++lead) {
+    const bool fits = std::all_of(members.begin(), members.end(), [&](const Member& member) {
+      const std::uint64_t item_bytes = find_dtype(tensors_[member.tensor].dtype)->item_bytes;
+      return (distance(base, member.begin) + lead) % item_bytes == 0;
+    });
+    if (fits) return lead;
+  }
+  return std::nullopt;
 }
 
 // Views without bytes share a storage only if they are the same object.
@@ -173,7 +168,7 @@ void Plan::add_empty_storages() {
     tensor.storage = tensors_[tensor.same_as].storage;
     if (tensor.same_as != i) continue;
     tensor.storage = static_cast<std::uint32_t>(storages_.size());
-    const std::uint64_t bytes = *extent_bytes(index().view(tensor));
+    const std::uint64_t bytes = extents_[i];
     const std::uint16_t flags = views_[i].has_no_data ? kStorageHasNoData : std::uint16_t{0};
     storages_.push_back({0, bytes, 0, views_[i].device, flags, 0});
     sources_.emplace_back();

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -74,12 +75,15 @@ class Plan {
   HeaderContent content() const;
   std::vector<Member> list_members();
   void add_storage(const Member* first, std::size_t count);
+  void find_same_objects(const Span<Member>& members);
+  std::optional<std::uint64_t> leading_bytes(const Span<Member>& members) const;
   void add_empty_storages();
   void number_by_first_use();
 
   std::string names_;
   std::vector<std::int64_t> dims_;
   std::vector<View> views_;
+  std::vector<std::uint64_t> extents_;  // of each view, in bytes
   std::vector<TensorRecord> tensors_;
   std::vector<StorageRecord> storages_;
   std::vector<Source> sources_;

@@ -7,8 +7,6 @@
 namespace fastsd {
 namespace {
 
-constexpr std::uint64_t kBytesMax = INT64_MAX;
-
 // The usual case, answered without building anything.
 bool is_contiguous(const Strided& view) {
   std::int64_t expected = 1;
@@ -69,23 +67,27 @@ struct Walk {
 }  // namespace
 
 std::optional<std::uint64_t> extent_bytes(const Strided& view) {
-  std::uint64_t last = 0;  // the last element's distance from the first, in items
-  std::uint64_t numel = 1;
+  std::int64_t numel = 1;
+  std::int64_t last = 0;  // the last element's distance from the first, in items
   bool is_empty = false;
+  bool overflows = false;
   for (std::uint32_t d = 0; d < view.rank; ++d) {
-    if (view.shape[d] < 0 || view.stride[d] < 0) return std::nullopt;
-    const auto count = static_cast<std::uint64_t>(view.shape[d]);
-    const auto stride = static_cast<std::uint64_t>(view.stride[d]);
+    const std::int64_t count = view.shape[d];
+    std::int64_t steps = 0;
+    if (count < 0 || view.stride[d] < 0) return std::nullopt;
     is_empty = is_empty || count == 0;
     if (count <= 1) continue;
-    if (numel > kBytesMax / count || stride > kBytesMax / (count - 1)) return std::nullopt;
-    numel *= count;
-    if ((count - 1) * stride > kBytesMax - last) return std::nullopt;
-    last += (count - 1) * stride;
+    overflows |= __builtin_mul_overflow(numel, count, &numel);
+    overflows |= __builtin_mul_overflow(count - 1, view.stride[d], &steps);
+    overflows |= __builtin_add_overflow(last, steps, &last);
   }
-  if (numel > kBytesMax / view.item_bytes || last >= kBytesMax / view.item_bytes)
-    return std::nullopt;
-  return is_empty ? 0 : (last + 1) * view.item_bytes;
+  const auto item_bytes = static_cast<std::int64_t>(view.item_bytes);
+  std::int64_t bytes = 0;
+  overflows |= __builtin_mul_overflow(numel, item_bytes, &numel);
+  overflows |= __builtin_add_overflow(last, 1, &last);
+  overflows |= __builtin_mul_overflow(last, item_bytes, &bytes);
+  if (overflows) return std::nullopt;
+  return is_empty ? 0 : static_cast<std::uint64_t>(bytes);
 }
 
 bool is_gapless(const Strided& view) {

@@ -91,10 +91,12 @@ def find_trim() -> Callable[[int], int]:
 trim_heap = find_trim()
 
 
-def start_afresh() -> None:
-    """Give freed memory back to the system, so that no round lives on what the last one left.
+def start_afresh(*, trim: bool = True) -> None:
+    """Collect garbage and, if ``trim``, give freed memory back to the system.
 
-    A program loads its weights once, into memory that it has not had before.
+    A program reads its weights once, into memory that it has not had before: no round that reads
+    them may live on what the last one left.
     """
     gc.collect()
-    trim_heap(0)
+    if trim:
+        trim_heap(0)

@@ -52,7 +52,7 @@ py::object decode_path(const std::string& path) {
 
 void raise(const Error& error) {
   // The handler of the signal has already set the exception to raise.
-  if (error.kind == Failure::kInterrupted && PyErr_Occurred() != nullptr) return;
+  if (PyErr_Occurred() != nullptr) return;
   if (error.kind == Failure::kSystem) {
     const py::object type = py::reinterpret_borrow<py::object>(PyExc_OSError);
     // OSError chooses its subclass (FileNotFoundError, ...) by errno.

@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <random>
 #include <vector>
 
@@ -109,7 +110,7 @@ FileSystem find_file_system(std::uint64_t type) {
   static constexpr Entry entries[] = {
       {0xEF53, {"ext", true, true}},
       {0x58465342, {"xfs", true, true}},
-      {0x01021994, {"tmpfs", true, false}},
+      {0x01021994, {"tmpfs", true, false, true}},
       {0x9123683E, {"btrfs", true, false}},
       {0x794C7630, {"overlayfs", true, false}},
       {0x2FC12FC1, {"zfs", true, false}},
@@ -219,6 +220,7 @@ void File::read_pieces(struct iovec* pieces, std::size_t count, std::uint64_t of
 }
 
 bool File::is_cached() const {
+  if (file_system().is_memory) return true;
   // cachestat(2), since Linux 6.5; declared here as C libraries do not have it yet.
   struct {
     std::uint64_t begin, bytes;
@@ -253,8 +255,7 @@ std::shared_ptr<Memory> Memory::allocate(std::uint64_t bytes) {
   void* address = nullptr;
   const int error = ::posix_memalign(&address, is_large ? kHugePageBytes : kMemoryAlignBytes,
                                      std::max<std::size_t>(bytes, kMemoryAlignBytes));
-  if (error != 0)
-    throw Error(Failure::kSystem, std::to_string(bytes) + " bytes of memory", "", error);
+  if (error != 0) throw std::bad_alloc();
   if (is_large) ::madvise(address, bytes, MADV_HUGEPAGE);
   return std::shared_ptr<Memory>(new Memory(static_cast<std::byte*>(address), bytes, false));
 }
@@ -288,10 +289,16 @@ AtomicFile::AtomicFile(const std::string& path) : path_(path) {
   if (exists && ::faccessat(directory_.get(), name_.c_str(), W_OK, AT_EACCESS) != 0) fail(path);
   open_unnamed_or_hidden();
   if (!exists) return;
-  if (::fchown(descriptor_.get(), status.st_uid, status.st_gid) != 0) {
-    // Only a privileged process can give a file away; others become the owner.
+  // Only a privileged process can give a file away; others become the owner. If even the group
+  // cannot be kept, what it was allowed must not go to another one.
+  const int fd = descriptor_.get();
+  mode_t mode = status.st_mode & 07777U;
+  if (::fchown(fd, status.st_uid, status.st_gid) != 0 &&
+      ::fchown(fd, static_cast<uid_t>(-1), status.st_gid) != 0) {
+    const mode_t others = (mode & S_IRWXO) << 3U;
+    mode &= ~static_cast<mode_t>(S_IRWXG | S_ISGID) | others;
   }
-  if (::fchmod(descriptor_.get(), status.st_mode & 07777U) != 0) fail(path);
+  if (::fchmod(fd, mode) != 0) fail(path);
 }
 
 void AtomicFile::open_unnamed_or_hidden() {
@@ -379,6 +386,8 @@ void AtomicFile::commit(bool durable) {
   if (::renameat(directory_.get(), hidden_name_.c_str(), directory_.get(), name_.c_str()) != 0)
     fail(path_);
   hidden_name_.clear();
+  // Not left to the descriptor: a process forked meanwhile has it too, and would keep the lock.
+  if (lock.get() >= 0) ::flock(lock.get(), LOCK_UN);
   if (!durable) return;
   const Descriptor directory(
       retry([&] { return ::openat(directory_.get(), ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));

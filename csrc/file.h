@@ -15,8 +15,9 @@ namespace fastsd {
 // local.
 struct FileSystem {
   const char* name;
-  bool maps_well;     // mapping is quick, and safe while others change the file
-  bool preallocates;  // fallocate() makes buffered writes faster, and O_DIRECT is worth it
+  bool maps_well;          // mapping is quick, and safe while others change the file
+  bool preallocates;       // fallocate() makes buffered writes faster, and O_DIRECT is worth it
+  bool is_memory = false;  // there is no device behind the page cache
 };
 
 // By the f_type of statfs(2).
@@ -87,6 +88,7 @@ class Memory {
   static std::shared_ptr<Memory> map(const File& file, std::uint64_t bytes);
 
   // Fresh memory, aligned to 64 bytes; large runs ask for huge pages. Contents are undefined.
+  // Throws std::bad_alloc, which Python knows as MemoryError.
   static std::shared_ptr<Memory> allocate(std::uint64_t bytes);
 
   Memory(const Memory&) = delete;
@@ -123,6 +125,8 @@ class AtomicFile {
   AtomicFile(const AtomicFile&) = delete;
   AtomicFile& operator=(const AtomicFile&) = delete;
   ~AtomicFile();
+
+  bool is_in_memory() const { return file_system_.is_memory; }
 
   // Allocates the file's blocks where that helps; throws early if there are too few.
   void reserve(std::uint64_t bytes);

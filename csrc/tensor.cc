@@ -152,6 +152,12 @@ bool is_eight_bit_impostor(PyObject* tensor, const DTypeInfo& info) {
   return info.dtype == DType::kInt8 && !gives(tensor, g_torch.dtype, g_torch.int8);
 }
 
+// Releases without the exchange table read only the types of DLPack 0.8.
+bool can_make(const DTypeInfo& dtype) {
+  return dtype.in_dlpack &&
+         (g_torch.exchange != nullptr || dtype.dlpack_type.code <= dlpack::kBool);
+}
+
 // How many tensors that are objects of their own lie in each storage.
 std::vector<std::uint32_t> count_tensors(const Index& index) {
   std::vector<std::uint32_t> counts(index.storages.size());
@@ -261,9 +267,9 @@ bool load_tensors(const Index& index, const std::vector<Bytes>& bytes, bool is_a
         PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), nullptr));
     if (name.get() == nullptr) return false;
     const StorageRecord& storage = index.storages[tensor.storage];
-    const bool is_plain = !is_all_rest && tensor.same_as == i && counts[tensor.storage] == 1 &&
-                          dtype.in_dlpack && tensor.flags == 0 && tensor.storage_offset == 0 &&
-                          (storage.flags & kStorageHasNoData) == 0;
+    const bool is_plain = !is_all_rest && can_make(dtype) && tensor.same_as == i &&
+                          counts[tensor.storage] == 1 && tensor.flags == 0 &&
+                          tensor.storage_offset == 0 && (storage.flags & kStorageHasNoData) == 0;
     if (!is_plain) {
       if (PyDict_SetItem(by_name.get(), name.get(), Py_None) != 0 ||
           !append_number(rest.get(), i) ||

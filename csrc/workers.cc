@@ -60,10 +60,11 @@ void run_parallel(std::size_t count, std::size_t threads, const Interrupt& inter
                   const std::function<void(std::size_t, std::size_t)>& task) {
   Run run{count, task, {}, {}, {}};
   std::vector<std::thread> helpers;
+  helpers.reserve(threads);
   for (std::size_t worker = 1; worker < std::min(threads, count); ++worker) {
     try {
       helpers.emplace_back([&run, worker] { run.work(worker, [] {}); });
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
       break;  // the system has no more threads to give; those there are do the work
     }
   }

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "checksum.h"
@@ -24,6 +23,12 @@ constexpr std::size_t kBufferedThreads = 2;
 constexpr std::size_t kDirectThreads = 4;
 static_assert(kDirectThreads * kDirectWindowBytes < kWriteMemoryBytes);
 static_assert(kBufferedThreads * kBufferedWindowBytes < kWriteMemoryBytes);
+
+// Smaller files are written by the calling thread alone. Writers that wait for each other, and for
+// the journal, let their processors go to sleep; on a virtual machine waking one takes
+// milliseconds.
+constexpr std::uint64_t kParallelBytesMin = std::uint64_t{64} << 20U;
+constexpr std::uint64_t kParallelBytesMinInMemory = std::uint64_t{8} << 20U;
 
 // Below this a copy into the window's own memory costs less than a piece of its own in the system
 // call.
@@ -143,8 +148,7 @@ class FileWriter {
   void write(const Interrupt& interrupt) {
     const std::uint64_t first = plan_.header_bytes() / window_bytes_;
     const std::uint64_t count = (plan_.file_bytes() + window_bytes_ - 1) / window_bytes_ - first;
-    const std::size_t threads =
-        is_direct_ ? kDirectThreads : std::min(kBufferedThreads, processor_count());
+    const std::size_t threads = thread_count();
     std::vector<Worker> workers(threads, Worker(window_bytes_));
     if (options_.checksum) mark_checksummed(plan_.storages());
     run_parallel(count, threads, interrupt, [&](std::size_t worker, std::size_t i) {
@@ -159,6 +163,13 @@ class FileWriter {
   }
 
  private:
+  std::size_t thread_count() const {
+    if (is_direct_) return kDirectThreads;
+    const std::uint64_t bytes_min =
+        file_.is_in_memory() ? kParallelBytesMinInMemory : kParallelBytesMin;
+    return plan_.file_bytes() < bytes_min ? 1 : std::min(kBufferedThreads, processor_count());
+  }
+
   // Takes large pieces from where they are and copies the others, so that the window goes out in
   // one call.
   void write_window(Worker& worker, std::uint64_t begin, std::uint64_t end) {

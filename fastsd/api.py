@@ -51,7 +51,8 @@ def save(
 
     Tensors that overlap in memory are stored once and share a storage again after loading. Only
     bytes that some tensor can reach are written. Memory needed beyond the object: at most 64 MiB,
-    and copies of what lies on other devices.
+    the header (about 200 bytes a tensor, and the plain values as JSON), and copies of what lies on
+    other devices.
 
     A file at that path is replaced all at once, and only when the new one is complete: it is
     untouched after any error, Ctrl-C included. Its permissions are kept; a symbolic link stays,
@@ -125,6 +126,9 @@ def load(
     and what torch raises where `map_location` cannot be met.
     """
     _check_verify(verify)
+    unknown = pickle_load_args.keys() - {"encoding", "errors", "fix_imports", "buffers"}
+    if unknown:
+        raise TypeError(f"load() got an unexpected keyword argument {min(unknown)!r}")
     with open_source(f) as source:
         return _load(fsd.open_reader(source, mmap), map_location, verify)
 
@@ -173,10 +177,10 @@ def load_into(
     """Loads a saved state_dict into an existing module, or into a mapping of tensors.
 
     The same as ``module.load_state_dict(fastsd.load(f), strict, assign)``: torch decides on keys,
-    shapes and hooks, and gives its own errors. Threads bring the file into memory ahead of the
-    copy; no more memory is needed than the page cache. With ``mmap=False`` all tensors are first
-    read into memory of their own; with None the file is mapped, except with ``assign=True`` on
-    file systems where `load` would not map either.
+    shapes and hooks, and gives its own errors. What is not in the page cache yet is read
+    ahead of the copy; no more memory is needed than the page cache. With ``mmap=False`` all
+    tensors are first read into memory of their own; with None the file is mapped, except with
+    ``assign=True`` on file systems where `load` would not map either.
 
     Args:
         strict: Missing and unexpected keys are errors.
@@ -188,7 +192,8 @@ def load_into(
     is_mapped = True if mmap is None and not assign else mmap
     with open_source(f) as source:
         reader = fsd.open_reader(source, is_mapped)
-    state = _load(reader, CPU, "structure")
+    # What is copied goes where the target is; what is assigned, where load() would put it.
+    state = _load(reader, None if assign else CPU, "structure")
     if not isinstance(state, dict):
         raise UnsupportedError(f"holds a {type(state).__name__}, no state_dict", path=reader.name)
     if assign:
@@ -213,7 +218,8 @@ def _load_state(target: Any, state: dict[str, Any], strict: bool, assign: bool) 
 def _load_into_mapping(
     target: MutableMapping[str, torch.Tensor], state: dict[str, Any], strict: bool, assign: bool
 ) -> _IncompatibleKeys:
-    """What Module.load_state_dict does, for a mapping; with an error nothing has been copied."""
+    """What Module.load_state_dict does, for a mapping; keys and shapes are checked before
+    copying."""
     missing = [key for key in target if key not in state]
     unexpected = [key for key in state if key not in target]
     common = [key for key in target if key in state]

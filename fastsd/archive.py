@@ -163,7 +163,7 @@ class Archive(Mapping[str, torch.Tensor]):
         return TensorSlice(self, name)
 
     def verify(self) -> Verification:
-        """Reads every stored byte, in parallel, and compares checksums.
+        """Reads every storage that has a checksum, in parallel, and compares them.
 
         Raises ChecksumError, naming the tensors, where they differ. Memory is not touched: what is
         verified is the file.
@@ -212,26 +212,30 @@ class Archive(Mapping[str, torch.Tensor]):
             first = offset - base_begin // dtype.itemsize
             tensor = view_storage(base.untyped_storage(), dtype, first, part_record)
         try:
-            tensor = apply_flags(name, tensor, record.flags)
+            return apply_flags(name, tensor, record.flags)
         except FormatError as error:
             error.path = reader.name
             raise
-        return tensor if tensor.is_meta else tensor.to(self._device)
 
     def _base(
         self, reader: _core.Reader, record: TensorRecord, offset: int, itemsize: int
     ) -> tuple[torch.Tensor, int]:
-        """Bytes of a storage that hold a part of it, and where in the storage they start."""
-        if record.storage in self._shared:
-            if record.storage not in self._bases:
-                nbytes = StorageRecord(*reader.storage(record.storage)).nbytes
-                self._bases[record.storage] = reader.base(record.storage, 0, nbytes)
-            return self._bases[record.storage], 0
-        if 0 in record.shape:
-            return reader.base(record.storage, 0, 0), offset * itemsize
-        last = sum((n - 1) * s for n, s in zip(record.shape, record.stride, strict=True))
-        begin, end = offset * itemsize, (offset + last + 1) * itemsize
-        return reader.base(record.storage, begin, end), begin
+        """Bytes of a storage that hold a part of it, on the device, and where they start in it."""
+        number = record.storage
+        if number in self._shared:
+            base = self._bases.get(number)
+            if base is None:
+                nbytes = StorageRecord(*reader.storage(number)).nbytes
+                whole = reader.base(number, 0, nbytes).to(self._device)
+                base = self._bases.setdefault(number, whole)  # another thread's, if it was quicker
+            return base, 0
+        begin = end = offset * itemsize
+        if 0 not in record.shape:
+            last = sum((n - 1) * s for n, s in zip(record.shape, record.stride, strict=True))
+            end = begin + (last + 1) * itemsize
+        if end == begin:
+            return reader.base(number, 0, 0).to(self._device), begin
+        return reader.base(number, begin, end).to(self._device), begin
 
 
 def _find_shared(reader: _core.Reader) -> frozenset[int]:

@@ -31,13 +31,14 @@ def encode_path(f: Any) -> bytes:
     return path
 
 
-def is_stream_path(path: str | bytes) -> bool:
-    """Whether a device or a pipe is there, which is written to and not replaced."""
+def is_stream_path(path: bytes) -> bool:
+    """Whether what is there is written to and not replaced: a device, a pipe, a nameless file."""
     try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):
+        status = os.stat(path)
+    except OSError:
         return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+    is_nameless = stat.S_ISREG(status.st_mode) and status.st_nlink == 0
+    return is_nameless or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode))
 
 
 class Source(NamedTuple):
@@ -109,8 +110,10 @@ def _is_regular_file_of(f: Any, nbytes: int) -> bool:
 def write_stream(plan: _core.Plan, f: IO[bytes], *, durable: bool, checksum: bool) -> None:
     """Writes a plan to a file object from where it stands, using `write` alone.
 
-    With ``durable``, a file that has a descriptor is on its device when this returns.
+    With ``durable``, which takes a file that has a descriptor, it is on its device when this
+    returns.
     """
+    descriptor = f.fileno() if durable else -1  # raises before anything is written
     _write_all(f, memoryview(plan.header(checksum)))
     slab = memoryview(bytearray(min(_CHUNK_BYTES, plan.file_bytes - plan.header_bytes)))
     for begin in range(plan.header_bytes, plan.file_bytes, _CHUNK_BYTES):
@@ -119,7 +122,7 @@ def write_stream(plan: _core.Plan, f: IO[bytes], *, durable: bool, checksum: boo
         _write_all(f, part)
     if durable:
         f.flush()
-        os.fsync(f.fileno())
+        os.fsync(descriptor)
 
 
 def _write_all(f: IO[bytes], data: memoryview) -> None:

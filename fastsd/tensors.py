@@ -102,7 +102,7 @@ class Describer:
     def __init__(self) -> None:
         self.devices = [CPU]
         self._kept: list[object] = []
-        self._host_copies: dict[int, torch.UntypedStorage] = {}
+        self._host_copies: dict[tuple[str, int, int], torch.UntypedStorage] = {}
 
     def __call__(self, name: str, value: torch.Tensor | np.ndarray) -> Described:
         if isinstance(value, np.ndarray):
@@ -148,8 +148,9 @@ class Describer:
         return self.devices.index(tag)
 
     def _host_copy(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
-        # By address and size: two Python objects may stand for one storage.
-        key = storage.data_ptr()
+        # Several Python objects may stand for one storage, and storages of several sizes start
+        # alike.
+        key = (str(storage.device), storage.data_ptr(), storage.nbytes())
         if key not in self._host_copies:
             self._host_copies[key] = storage.cpu()
         return self._host_copies[key]

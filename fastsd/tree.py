@@ -230,6 +230,8 @@ class _Encoder:
         return {"$tuple": [self.encode(v, _join(path, i)) for i, v in enumerate(value)]}
 
     def _encode_size(self, value: torch.Size, path: str) -> Any:
+        if any(n < 0 for n in value):
+            raise UnsupportedError(f"{_place(path)} is {value}, with a negative size")
         return {"$Size": [int(n) for n in value]}
 
     def _encode_dict(self, value: dict[Any, Any], path: str) -> Any:
@@ -504,7 +506,7 @@ def _to_description(descr: Any) -> Any:
 def _from_bytes(data: bytes, dtype: np.dtype[Any], shape: Any) -> np.ndarray:
     sizes = _to_sizes(shape)
     if dtype.itemsize == 0:  # such as an empty string: no bytes tell how many there are
-        return np.zeros(sizes, dtype)
+        return np.ndarray(sizes, dtype)  # np.zeros would give strings of one character
     return np.frombuffer(bytearray(data), dtype).reshape(sizes)
 
 

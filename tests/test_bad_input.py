@@ -1083,7 +1083,7 @@ def test_a_hole_of_8_tib_takes_no_memory(tmp_path):
     assert found.shape == (nbytes,)
     assert found[-1] == 0
     found = load_elsewhere({"hole": file}, tmp_path, sizes={"hole": 4096 + nbytes})
-    assert found["hole"] == ["OSError", "OSError"]
+    assert all(re.search("OSError|MemoryError", answer) for answer in found["hole"])
     assert int(found["more MiB"][0]) < 100
 
 

@@ -22,7 +22,7 @@ def measure_calls(benchmark: Any, spec: Spec, call: Callable[[], object]) -> Non
 
     def clear() -> None:
         results.clear()
-        start_afresh()
+        start_afresh(trim=spec.group != "load")
 
     benchmark.pedantic(
         lambda: results.append(call()),

@@ -20,7 +20,7 @@ def clear_target(spec: Spec, path: Path) -> Callable[[], None]:
 
     def clear() -> None:
         path.unlink(missing_ok=True)
-        start_afresh()
+        start_afresh(trim=False)
         if spec.place.name == "disk":
             os.sync()
 

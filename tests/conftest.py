@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -14,6 +15,8 @@ settings.load_profile("suite")
 
 
 def pytest_configure(config):
+    # A job in the background may have been told to ignore Ctrl-C, and would tell its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Torch says so once a process, to whoever makes the first tensor of torch.complex32.
     config.addinivalue_line("filterwarnings", "ignore:ComplexHalf support:UserWarning")
 

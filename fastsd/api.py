@@ -10,13 +10,13 @@ from typing import IO, Any, Literal
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
-from fastsd import _core, tree
+from fastsd import _core, pickled, tree
 from fastsd.archive import Archive, load_tensors
 from fastsd.archive import verify as verify_archive
-from fastsd.errors import ChecksumError, FormatError, UnsupportedError
+from fastsd.errors import ChecksumError, FormatError, NotPlainError, UnsupportedError
 from fastsd.files import encode_path, is_path, is_stream_path, open_source, write_stream
 from fastsd.formats import fsd
-from fastsd.placement import find_restore
+from fastsd.placement import find_restore, skips_data
 from fastsd.tensors import CPU, Describer
 
 PathOrFile = str | os.PathLike[str] | IO[bytes]
@@ -28,6 +28,8 @@ def save(
     f: PathOrFile,
     pickle_module: Any = None,
     pickle_protocol: int | None = None,
+    _use_new_zipfile_serialization: bool = True,
+    _disable_byteorder_record: bool = False,
     *,
     metadata: Mapping[str, str] | None = None,
     durable: bool = False,
@@ -37,33 +39,36 @@ def save(
     """Saves an object to a file, in place of ``torch.save(obj, f)``.
 
     Args:
-        obj: A tensor, or dicts, lists and other plain values with tensors in them: None, bool, int,
-            float, complex, str, bytes, list, tuple, torch.Size, dict, OrderedDict, set, torch
-            dtypes, devices, layouts and memory formats, numpy scalars and arrays. Nothing is
-            pickled.
+        obj: What torch.save takes. Plain objects are not pickled: a tensor, or dicts, lists and
+            other plain values with tensors in them: None, bool, int, float, complex, str, bytes,
+            list, tuple, torch.Size, dict, OrderedDict, set, torch dtypes, devices, layouts and
+            memory formats, numpy scalars and arrays. If anything else is in it (a module, a
+            sparse or quantized tensor, a tensor subclass, a storage, an object of another class)
+            all of it goes through torch's own pickling, with whole storages.
         f: A path, or a binary file object, which needs only ``write``.
-        pickle_module, pickle_protocol: Accepted for torch's sake; there is nothing to pickle.
+        pickle_module, pickle_protocol: As for torch.save, for what has to be pickled.
+        _use_new_zipfile_serialization, _disable_byteorder_record: torch's; they mean nothing here.
         metadata: Strings to keep in the header, for `Archive.metadata`.
         durable: Return only when the file and its directory entry are on the device. Large files
             then bypass the page cache where the file system can.
         checksum: Record a CRC32C for each storage.
         format: None or "fsd".
 
-    Tensors that overlap in memory are stored once and share a storage again after loading. Only
-    bytes that some tensor can reach are written. Memory needed beyond the object: at most 64 MiB,
-    the header (about 200 bytes a tensor, and the plain values as JSON), and copies of what lies on
-    other devices.
+    Tensors that overlap in memory are stored once and share a storage again after loading. Of
+    plain objects only bytes that some tensor can reach are written. Memory needed beyond the
+    object: at most 64 MiB, the header (about 200 bytes a tensor, and the plain values as JSON or
+    as the pickle), and copies of what lies on other devices.
 
     A file at that path is replaced all at once, and only when the new one is complete: it is
     untouched after any error, Ctrl-C included. Its permissions are kept; a symbolic link stays,
     what it points to is replaced.
 
-    Raises UnsupportedError for what cannot be saved, and OSError. Do not change the tensors
-    meanwhile.
+    Raises UnsupportedError for what cannot be saved, what pickling raises, and OSError. Do not
+    change the tensors meanwhile.
     """
     if format not in (None, "fsd"):
         raise ValueError(f"format must be None or 'fsd', not {format!r}")
-    plan = _make_plan(obj, metadata)
+    plan = _make_plan(obj, metadata, pickle_module, pickle_protocol)
     if not is_path(f):
         if not hasattr(f, "write"):
             raise TypeError(f"expected a path or a binary file object, not {type(f).__name__}")
@@ -77,18 +82,35 @@ def save(
         plan.write(path, durable, checksum)
 
 
-def _make_plan(obj: object, metadata: Mapping[str, str] | None) -> _core.Plan:
+def _make_plan(
+    obj: object, metadata: Mapping[str, str] | None, pickle_module: Any, pickle_protocol: int | None
+) -> _core.Plan:
+    sections = [(fsd.Section.METADATA, fsd.encode_metadata(dict(metadata)))] if metadata else []
+    if not skips_data():
+        try:
+            return _plan_plain(obj, sections)
+        except NotPlainError:
+            pass
+    return _plan_pickled(pickled.dump(obj, pickle_module, pickle_protocol), sections)
+
+
+def _plan_plain(obj: object, sections: list[tuple[fsd.Section, bytes]]) -> _core.Plan:
     flat = tree.flatten(obj)
     describer = Describer()
     plan = _core.Plan(flat.names, flat.tensors, describer)
-    sections: list[tuple[int, bytes]] = []
+    sections = list(sections)
     if flat.tree is not None:
         sections.append((fsd.Section.TREE, flat.tree))
     if flat.state_metadata is not None:
         sections.append((fsd.Section.STATE_METADATA, flat.state_metadata))
-    if metadata:
-        sections.append((fsd.Section.METADATA, fsd.encode_metadata(dict(metadata))))
     plan.finish(fsd.ROOT_IS_ORDERED_DICT * flat.is_ordered, describer.devices, sections)
+    return plan
+
+
+def _plan_pickled(parts: pickled.Pickled, sections: list[tuple[fsd.Section, bytes]]) -> _core.Plan:
+    describer = Describer()
+    plan = _core.Plan(list(parts.storages), list(parts.storages.values()), describer)
+    plan.finish(0, describer.devices, [*sections, (fsd.Section.PICKLE, parts.stream)])
     return plan
 
 
@@ -97,7 +119,7 @@ def load(
     map_location: Any = None,
     pickle_module: Any = None,
     *,
-    weights_only: bool = True,
+    weights_only: bool | None = None,
     mmap: bool | None = None,
     verify: Verify = "structure",
     **pickle_load_args: Any,
@@ -108,8 +130,12 @@ def load(
         f: A path, or a binary file object; of one that is no regular file the archive is read into
             memory, from where the object stands.
         map_location: As for torch.load.
-        pickle_module, weights_only, pickle_load_args: Accepted for torch's sake. Files hold no
-            pickle, so that loading never runs code.
+        weights_only: As for torch.load, for files that hold a pickle; loading others never runs
+            code, whatever it says. True, and None without a ``pickle_module``: torch's restricted
+            unpickler, with what torch.serialization.add_safe_globals and safe_globals allow.
+            False: anything, so that the file may run any code. The environment variables
+            TORCH_FORCE_WEIGHTS_ONLY_LOAD and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD count.
+        pickle_module, pickle_load_args: As for torch.load, with ``weights_only=False``.
         mmap: True: tensors are views of the mapped file; nothing is read until it is used. They are
             writable, and what is written stays in this process. The file may be replaced or deleted
             meanwhile; to truncate or overwrite it in place would change or kill the process.
@@ -123,22 +149,20 @@ def load(
     Returns the object, with the same nesting, types, key order and sharing of memory.
 
     Raises FormatError for a file that is damaged or not of this format, ChecksumError, OSError,
-    and what torch raises where `map_location` cannot be met.
+    and what torch raises where `map_location` cannot be met, or a pickle not be loaded.
     """
-    _check_verify(verify)
+    if verify not in ("structure", "checksums"):
+        raise ValueError(f"verify must be 'structure' or 'checksums', not {verify!r}")
     unknown = pickle_load_args.keys() - {"encoding", "errors", "fix_imports", "buffers"}
     if unknown:
         raise TypeError(f"load() got an unexpected keyword argument {min(unknown)!r}")
+    how = pickled.Unpickling(weights_only, pickle_module, pickle_load_args)
+    how.check()
     with open_source(f) as source:
-        return _load(fsd.open_reader(source, mmap), map_location, verify)
+        return _load(fsd.open_reader(source, mmap), map_location, verify, how)
 
 
-def _check_verify(verify: str) -> None:
-    if verify not in ("structure", "checksums"):
-        raise ValueError(f"verify must be 'structure' or 'checksums', not {verify!r}")
-
-
-def _load(reader: _core.Reader, map_location: Any, verify: Verify) -> Any:
+def _load(reader: _core.Reader, map_location: Any, verify: Verify, how: pickled.Unpickling) -> Any:
     if verify == "checksums":
         report = verify_archive(reader)
         if report.unchecked:
@@ -148,6 +172,10 @@ def _load(reader: _core.Reader, map_location: Any, verify: Verify) -> Any:
                 path=reader.name,
                 tensors=report.unchecked,
             )
+    fsd.decode_metadata(reader)  # for open() to give, but damaged is damaged
+    stream = reader.section(fsd.Section.PICKLE)
+    if stream is not None:
+        return pickled.load(reader, stream, map_location, how)
     restore = find_restore(map_location, reader.devices)
     try:
         return _restore(reader, load_tensors(reader, restore))
@@ -157,8 +185,7 @@ def _load(reader: _core.Reader, map_location: Any, verify: Verify) -> Any:
 
 
 def _restore(reader: _core.Reader, tensors: dict[str, torch.Tensor]) -> Any:
-    """The object that was saved, from its tensors."""
-    fsd.decode_metadata(reader)  # for open() to give, but damaged is damaged
+    """The plain object that was saved, from its tensors."""
     text = reader.section(fsd.Section.TREE)
     if text is not None:
         return tree.restore_tree(text, list(tensors.values()))
@@ -193,7 +220,7 @@ def load_into(
     with open_source(f) as source:
         reader = fsd.open_reader(source, is_mapped)
     # What is copied goes where the target is; what is assigned, where load() would put it.
-    state = _load(reader, None if assign else CPU, "structure")
+    state = _load(reader, None if assign else CPU, "structure", pickled.Unpickling())
     if not isinstance(state, dict):
         raise UnsupportedError(f"holds a {type(state).__name__}, no state_dict", path=reader.name)
     if assign:

@@ -53,3 +53,7 @@ class ChecksumError(FastsdError):
 
 class UnsupportedError(FastsdError, TypeError):
     """An object that cannot be saved, or a target that cannot be loaded into."""
+
+
+class NotPlainError(UnsupportedError):
+    """An object that the plain tree cannot hold. Private: `save` then pickles it."""

@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastsd.errors import FormatError, UnsupportedError
+from fastsd.errors import FormatError, NotPlainError
 from fastsd.tensors import is_numpy_native
 
 _INT_MAX = 2**53 - 1  # what every JSON reader keeps exact
+_NAME_BYTES_MAX = 65536  # docs/FORMAT.md, "Tensors"
+_NAME_CHARACTERS_MAX = 10_000  # which never take more than that, backslashes included
 _TENSOR_TYPES = {torch.Tensor, torch.nn.Parameter}
 
 
@@ -47,11 +49,11 @@ class Flat(NamedTuple):
 
 
 def flatten(obj: object) -> Flat:
-    """Takes an object apart. Raises UnsupportedError, naming the place, for what is not plain."""
+    """Takes an object apart. Raises NotPlainError, naming the place, for what is not plain."""
     try:
         return _flatten_dict(obj) or _flatten_tree(obj)
     except RecursionError:
-        raise UnsupportedError("the object is nested too deeply") from None
+        raise NotPlainError("the object is nested too deeply") from None
 
 
 def _flatten_dict(obj: object) -> Flat | None:
@@ -64,6 +66,7 @@ def _flatten_dict(obj: object) -> Flat | None:
         and set(map(type, names)) <= {str}
         and not any(map(attrgetter("__dict__"), values))
         and _are_utf8(names)
+        and _are_short(names)
     )
     attributes = getattr(obj, "__dict__", {})
     if not is_flat or attributes.keys() - {"_metadata"}:
@@ -81,6 +84,11 @@ def _are_utf8(names: Iterable[str]) -> bool:
         return "".join(names).encode() is not None
     except UnicodeEncodeError:  # a surrogate
         return False
+
+
+def _are_short(names: list[str]) -> bool:
+    long = max(map(len, names), default=0) > _NAME_CHARACTERS_MAX
+    return not long or max(len(name.encode()) for name in names) <= _NAME_BYTES_MAX
 
 
 def _encode_state_metadata(metadata: object) -> bytes | None:
@@ -142,7 +150,7 @@ class _Encoder:
     ) -> Any:
         identity = id(value)
         if identity in self._open:
-            raise UnsupportedError(f"{_place(path)} contains itself")
+            raise NotPlainError(f"{_place(path)} contains itself")
         if self._is_in_key:
             return encode(self, value, path)
         if identity in self._seen:
@@ -192,7 +200,7 @@ class _Encoder:
                 ]
             }
         hint = "save its state_dict()" if isinstance(value, torch.nn.Module) else None
-        raise UnsupportedError(
+        raise NotPlainError(
             f"{_place(path)} is a {module}.{type(value).__qualname__}, which is not plain data"
             + (f": {hint}" if hint else "")
         )
@@ -231,7 +239,7 @@ class _Encoder:
 
     def _encode_size(self, value: torch.Size, path: str) -> Any:
         if any(n < 0 for n in value):
-            raise UnsupportedError(f"{_place(path)} is {value}, with a negative size")
+            raise NotPlainError(f"{_place(path)} is {value}, with a negative size")
         return {"$Size": [int(n) for n in value]}
 
     def _encode_dict(self, value: dict[Any, Any], path: str) -> Any:
@@ -267,7 +275,7 @@ class _Encoder:
         return {"$ndarray": [self._add(raw, path), dtype, list(value.shape)]}
 
     def _add(self, value: torch.Tensor | np.ndarray, path: str) -> int:
-        name = path.encode("utf-8", "backslashreplace").decode() or "tensor"
+        name = path[:_NAME_CHARACTERS_MAX].encode("utf-8", "backslashreplace").decode() or "tensor"
         unique, count = name, 1
         while unique in self._used_names:
             count += 1
@@ -334,9 +342,7 @@ def _describe_dtype(dtype: np.dtype[Any], path: str) -> Any:
     ):  # Python objects, overlapping fields, fields out of order
         is_kept = False
     if not is_kept:
-        raise UnsupportedError(
-            f"{_place(path)} has a numpy dtype that cannot be described: {dtype}"
-        )
+        raise NotPlainError(f"{_place(path)} has a numpy dtype that cannot be described: {dtype}")
     return descr
 
 
@@ -345,7 +351,7 @@ def check_attributes(value: Any, attributes: dict[Any, Any]) -> None:
     for name in attributes:
         if type(name) is not str or hasattr(type(value), name):
             kind = type(value).__name__
-            raise UnsupportedError(f"an attribute {name!r} of a {kind} cannot be kept")
+            raise NotPlainError(f"an attribute {name!r} of a {kind} cannot be kept")
 
 
 # ---- To objects ----

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <system_error>
+#include <utility>
 
 #include "checksum.h"
 #include "error.h"
@@ -18,6 +19,27 @@ constexpr std::uint64_t kParallelBytesMin = std::uint64_t{2} << 20U;
 
 std::size_t threads_for(std::uint64_t bytes) {
   return bytes < kParallelBytesMin ? 1 : processor_count();
+}
+
+struct Extent {
+  std::uint64_t begin;
+  std::uint64_t end;
+};
+
+// Where the wanted storages lie in the file; neighbours, with the padding between them, are one.
+std::vector<Extent> find_extents(const Span<StorageRecord>& storages,
+                                 const std::vector<bool>& is_wanted) {
+  std::vector<Extent> extents;
+  for (std::size_t i = 0; i < storages.size(); ++i) {
+    const std::uint64_t bytes = stored_bytes(storages[i]);
+    if (!is_wanted[i] || bytes == 0) continue;
+    const std::uint64_t begin = storages[i].offset;
+    if (!extents.empty() && begin - extents.back().end < kStorageAlignBytes)
+      extents.back().end = begin + bytes;
+    else
+      extents.push_back({begin, begin + bytes});
+  }
+  return extents;
 }
 
 }  // namespace
@@ -68,18 +90,20 @@ Bytes Reader::bytes(std::size_t storage, std::uint64_t begin, std::uint64_t end,
   return {memory->data(), memory};
 }
 
-std::vector<Bytes> Reader::all_bytes(const Interrupt& interrupt) const {
-  std::vector<Bytes> all;
+std::vector<Bytes> Reader::bytes_of(const std::vector<bool>& is_wanted,
+                                    const Interrupt& interrupt) const {
+  std::vector<Bytes> all(index().storages.size());
   std::vector<File::Piece> extents;
-  all.reserve(index().storages.size());
-  for (const StorageRecord& storage : index().storages) {
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    if (!is_wanted[i]) continue;
+    const StorageRecord& storage = index().storages[i];
     const std::uint64_t bytes = stored_bytes(storage);
     if (mapping_) {
-      all.push_back({mapping_->data() + (bytes > 0 ? storage.offset : 0), mapping_});
+      all[i] = {mapping_->data() + (bytes > 0 ? storage.offset : 0), mapping_};
       continue;
     }
     const std::shared_ptr<Memory> memory = Memory::allocate(bytes);
-    all.push_back({memory->data(), memory});
+    all[i] = {memory->data(), memory};
     extents.push_back({memory->data(), bytes, storage.offset});
   }
   read(extents, interrupt);
@@ -172,16 +196,19 @@ void Reader::check_padding() const {
 
 // ---- Prefetch ----
 
-Prefetch::Prefetch(const Reader& reader) {
-  const Preamble& preamble = reader.header().preamble();
-  const std::uint64_t begin = preamble.header_bytes;
-  const std::uint64_t end = preamble.file_bytes;
+Prefetch::Prefetch(const Reader& reader, const std::vector<bool>& is_wanted) {
+  if (!reader.mapping()) return;
+  std::vector<Extent> extents = find_extents(reader.index().storages, is_wanted);
+  std::uint64_t total = 0;
+  for (const Extent& extent : extents) total += extent.end - extent.begin;
   const File& file = reader.file();
-  if (!reader.mapping() || end - begin < kParallelBytesMin || file.is_cached()) return;
+  if (total < kParallelBytesMin || file.is_cached()) return;
   try {
-    thread_ = std::thread([this, &file, begin, end] {
-      for (std::uint64_t at = begin; at < end && !is_stopped_; at += kStepBytes)
-        file.read_ahead(at, std::min(kStepBytes, end - at));
+    thread_ = std::thread([this, &file, extents = std::move(extents)] {
+      for (const Extent& extent : extents) {
+        for (std::uint64_t at = extent.begin; at < extent.end && !is_stopped_; at += kStepBytes)
+          file.read_ahead(at, std::min(kStepBytes, extent.end - at));
+      }
     });
   } catch (const std::system_error&) {
     // No thread to be had: pages come when they are touched.

@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from torch import _weights_only_unpickler, serialization
 from fastsd import _core
 from fastsd.archive import load_tensors
 from fastsd.errors import FormatError
+from fastsd.names import NameRules
 from fastsd.tensors import CPU, StorageRecord, TensorRecord
 
 _STREAM = "data.pkl"
@@ -140,6 +142,49 @@ def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling
         return serialization._load(records, map_location, _weights_only_unpickler, **load_args)
     except pickle.UnpicklingError as error:
         raise pickle.UnpicklingError(_explain(reader.name, str(error))) from None
+
+
+def choose(obj: object, rules: NameRules, path: str) -> dict[str, torch.Tensor]:
+    """The tensors of an object that rules choose, under their new names, in a flat dictionary.
+
+    Names are the keys on the way to a tensor, joined by dots, as in a file without a pickle. The
+    `_metadata` of the innermost dictionary that the prefix leads into is kept. Raises NamesError.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    holders: dict[str, Mapping[Any, Any]] = {}
+    _collect(obj, "", tensors, holders, set())
+    choice = rules.choose(list(tensors), path)
+    values = list(tensors.values())
+    chosen = OrderedDict(
+        (new, values[i]) for new, i in zip(choice.names, choice.numbers, strict=True)
+    )
+    inner = max((way for way in holders if rules.prefix.startswith(way)), key=len, default=None)
+    if inner is not None:
+        metadata = rules.rename_modules(holders[inner], rules.prefix[len(inner) :])
+        if metadata is not None:
+            vars(chosen)["_metadata"] = metadata
+    return chosen
+
+
+def _collect(
+    obj: object,
+    way: str,
+    tensors: dict[str, torch.Tensor],
+    holders: dict[str, Mapping[Any, Any]],
+    seen: set[int],
+) -> None:
+    """Finds tensors, and dictionaries with `_metadata`, by the way that first leads to them."""
+    if isinstance(obj, torch.Tensor):
+        tensors.setdefault(way.removesuffix("."), obj)
+        return
+    if not isinstance(obj, (Mapping, list, tuple)) or id(obj) in seen:
+        return
+    seen.add(id(obj))
+    metadata = getattr(obj, "_metadata", None)
+    if isinstance(metadata, Mapping):
+        holders[way] = metadata
+    for key, value in obj.items() if isinstance(obj, Mapping) else enumerate(obj):
+        _collect(value, f"{way}{key}.", tensors, holders, seen)
 
 
 _TRUST = (

@@ -19,7 +19,7 @@ from fastsd import _core
 from fastsd.errors import FormatError, NotPlainError, UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     Described = tuple[int | None, int, tuple[int, ...], tuple[int, ...], int, int, int]
 
@@ -224,26 +224,38 @@ def apply_flags(name: str, tensor: torch.Tensor, flags: int) -> torch.Tensor:
     return tensor.requires_grad_() if requires_grad else tensor
 
 
+class Loaded(NamedTuple):
+    """What the core has made: tensors by name, None for those of the numbers in ``rest``.
+
+    ``bases`` holds, by number, all bytes of each storage that the rest lies in.
+    """
+
+    by_name: dict[str, torch.Tensor]
+    rest: list[int]
+    bases: dict[int, torch.Tensor]
+
+
 def rebuild_rest(
     reader: _core.Reader,
-    by_name: dict[str, torch.Tensor],
-    rest: list[int],
-    bases: dict[int, torch.Tensor],
+    loaded: Loaded,
+    numbers: Iterable[int],
     restore: Callable[[torch.UntypedStorage, str], torch.UntypedStorage] | None,
 ) -> None:
-    """Fills in the tensors of ``by_name`` that the core has left to Python, by their numbers.
+    """Fills in the tensors that the core has left to Python.
 
-    ``bases`` holds all bytes of each storage they lie in; ``restore`` puts such a storage, saved
-    from the given device, where it belongs (None: it stays). Tensors that shared a storage share
-    it again.
+    ``numbers`` are those of all that were loaded, ascending. ``restore`` puts a storage, saved from
+    the given device, where it belongs (None: it stays). Tensors that shared a storage share it
+    again.
     """
-    names = list(by_name)
+    by_name, rest, bases = loaded
+    names = dict(zip(numbers, by_name, strict=True))
     storages: dict[int, torch.UntypedStorage] = {}
     for number in rest:
         name = names[number]
         record = TensorRecord(*reader.tensor(number))
-        if record.same_as != number:
-            by_name[name] = by_name[names[record.same_as]]
+        original = names.setdefault(record.same_as, name)  # or the first that is wanted
+        if original != name:
+            by_name[name] = by_name[original]
             continue
         dtype = dtype_of(record.dtype)
         stored = StorageRecord(*reader.storage(record.storage))

@@ -466,7 +466,7 @@ def test_names_of_an_object_that_had_to_be_pickled(tmp_path):
     with torch.serialization.safe_globals([argparse.Namespace]):
         chosen = fastsd.load(path, prefix="nets.0.state_dict.", rename={"module.": ""})
         tied = fastsd.load(path, select="t.*")
-        with pytest.raises(fastsd.NamesError, match="no name starts with prefix 'optimizer.'"):
+        with pytest.raises(fastsd.NamesError, match=r"no name starts with prefix 'optimizer\.'"):
             fastsd.load(path, prefix="optimizer.")
         fresh = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
         fastsd.load_into(fresh, path, prefix="nets.0.state_dict.module.")

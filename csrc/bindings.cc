@@ -16,6 +16,7 @@
 #include "error.h"
 #include "file.h"
 #include "format.h"
+#include "json.h"
 #include "plan.h"
 #include "reader.h"
 #include "tensor.h"
@@ -291,6 +292,17 @@ void register_checksum(py::module_& module) {
   module.attr("CRC32C_IMPLEMENTATION") = crc32c_implementation();
 }
 
+void register_json(py::module_& module) {
+  module.def(
+      "parse_json",
+      [](const py::bytes& text, const py::list& tensors, const py::object& decode) {
+        PyObject* value = parse_json(text.ptr(), tensors.ptr(), decode.ptr());
+        if (value == nullptr) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(value);
+      },
+      py::arg("text"), py::arg("tensors"), py::arg("decode"));
+}
+
 void register_plan(py::module_& module) {
   py::class_<TensorPlan>(module, "Plan")
       .def(py::init<const py::list&, const py::list&, const py::function&>(), py::arg("names"),
@@ -367,6 +379,7 @@ PYBIND11_MODULE(_core, module) {
       });
   fastsd::register_torch(module);
   fastsd::register_checksum(module);
+  fastsd::register_json(module);
   fastsd::register_plan(module);
   fastsd::register_reader(module);
   fastsd::register_file_systems(module);

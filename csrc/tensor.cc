@@ -2,7 +2,8 @@
 
 #include <memory>
 #include <optional>
-#include <utility>
+
+#include "pyobject.h"
 
 namespace fastsd {
 namespace {
@@ -23,33 +24,6 @@ struct Torch {
   PyObject* storage_offset = nullptr;
 };
 Torch g_torch;
-
-class Reference {
- public:
-  explicit Reference(PyObject* object) : object_(object) {}
-  Reference(const Reference&) = delete;
-  Reference& operator=(const Reference&) = delete;
-  ~Reference() { Py_XDECREF(object_); }
-  PyObject* get() const { return object_; }
-  PyObject* release() { return std::exchange(object_, nullptr); }
-
- private:
-  PyObject* object_;
-};
-
-// Keeps the garbage collector from walking thousands of objects that have only just been made.
-class CollectionPause {
- public:
-  CollectionPause() : was_enabled_(PyGC_Disable() != 0) {}
-  CollectionPause(const CollectionPause&) = delete;
-  CollectionPause& operator=(const CollectionPause&) = delete;
-  ~CollectionPause() {
-    if (was_enabled_) PyGC_Enable();
-  }
-
- private:
-  bool was_enabled_;
-};
 
 // A managed tensor of either kind, with what keeps its memory. Whoever consumes it copies shape and
 // strides, which are therefore only lent.

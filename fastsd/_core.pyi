@@ -27,6 +27,15 @@ def set_torch(
 def crc32c(data: object, value: int = ...) -> int:
     """CRC32C of a buffer, following bytes whose CRC32C is ``value``."""
 
+def parse_json(text: bytes, tensors: list[Any], decode: Callable[[str, Any], Any] | None) -> Any:
+    """The value of a JSON text, as json.loads gives it. NaN, Infinity and names that occur twice in
+    an object are refused, and so is nesting deeper than 2000.
+
+    An object with one member whose name starts with "$" is a node, innermost first:
+    ``{"$tensor": n}`` is ``tensors[n]``, any other what ``decode(name, value)`` returns; with None
+    there are no nodes. Raises ValueError and RecursionError, with the place in bytes, and what
+    ``decode`` raises. Collecting garbage is paused meanwhile."""
+
 def file_system(path: str | bytes) -> tuple[str, bool]:
     """Name of the file system that holds a file, and whether it is mapped by default."""
 

@@ -22,9 +22,11 @@ import numpy as np
 import torch
 
 from fastsd.errors import FormatError, UnsupportedError
+from fastsd.formats.fsd import Section, decode_json
 from fastsd.tensors import is_numpy_native
 
 _INT_MAX = 2**53 - 1  # what every JSON reader keeps exact
+_DEPTH_MAX = 250  # of containers: each is up to seven deep in JSON, of which 2000 can be read
 _TENSOR_TYPES = {torch.Tensor, torch.nn.Parameter}
 
 
@@ -143,6 +145,8 @@ class _Encoder:
         identity = id(value)
         if identity in self._open:
             raise UnsupportedError(f"{_place(path)} contains itself")
+        if len(self._open) == _DEPTH_MAX:
+            raise RecursionError
         if self._is_in_key:
             return encode(self, value, path)
         if identity in self._seen:
@@ -358,7 +362,7 @@ def restore_flat(
     if state_metadata is None:
         return OrderedDict(by_name) if is_ordered else by_name
     ordered = OrderedDict(by_name)
-    metadata = _from_json(state_metadata, [], "state_metadata")
+    metadata = _from_json(state_metadata, Section.STATE_METADATA, [])
     if type(metadata) is not dict:
         raise FormatError("section state_metadata is no JSON object")
     vars(ordered)["_metadata"] = OrderedDict(metadata)
@@ -367,23 +371,11 @@ def restore_flat(
 
 def restore_tree(text: bytes, tensors: list[torch.Tensor]) -> Any:
     """The object of a tree whose tensors are given. Raises FormatError."""
-    return _from_json(text, tensors, "tree")
+    return _from_json(text, Section.TREE, tensors)
 
 
-def _from_json(text: bytes, tensors: list[torch.Tensor], section: str) -> Any:
-    try:
-        if b'"$' not in text and b'"\\u0024' not in text:
-            return json.loads(text.decode(), parse_constant=_reject_constant)
-        hook = _Decoder(tensors).decode
-        return json.loads(text.decode(), object_pairs_hook=hook, parse_constant=_reject_constant)
-    except Exception as error:
-        # Whatever JSON, numpy or torch raises for a text, or a node, that is not as it must be.
-        detail = f"section {section} is damaged: {type(error).__name__}: {error}"
-        raise FormatError(detail) from error
-
-
-def _reject_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+def _from_json(text: bytes, section: Section, tensors: list[torch.Tensor]) -> Any:
+    return decode_json(text, section, tensors, _Decoder(tensors).decode)
 
 
 def _expect(value: Any, kind: type) -> Any:
@@ -393,22 +385,18 @@ def _expect(value: Any, kind: type) -> Any:
 
 
 class _Decoder:
-    """Turns the objects of the tree into values, innermost first, as the JSON parser meets them."""
+    """Turns the nodes of the tree into values, innermost first, as the JSON parser meets them.
+
+    `$tensor` is not among them: the parser finds the tensor itself.
+    """
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._tensors = tensors
         self._defined: dict[int, Any] = {}
         self._unhashable: dict[int, Any] = {}  # tuples that share what is in them, by identity
 
-    def decode(self, pairs: list[tuple[str, Any]]) -> Any:
-        if len(pairs) == 1:
-            key, value = pairs[0]
-            if key.startswith("$"):
-                return _DECODERS[key](self, value)
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("a name occurs twice in an object")
-        return result
+    def decode(self, name: str, value: Any) -> Any:
+        return _DECODERS[name](self, value)
 
     def _decode_def(self, node: Any) -> Any:
         number, value = _expect(node, list)
@@ -559,7 +547,6 @@ _DECODERS: dict[str, Callable[[_Decoder, Any], Any]] = {
     "$def": _Decoder._decode_def,
     "$ref": _Decoder._decode_ref,
     "$attributes": _Decoder._decode_attributes,
-    "$tensor": _Decoder._decode_tensor,
     "$ndarray": _Decoder._decode_array,
     "$numpy": _to_scalar,
     "$str": lambda _, text: _to_bytes(text).decode("utf-8", "surrogatepass"),

@@ -2,6 +2,7 @@
 
 import re
 import struct
+import sys
 from collections import OrderedDict
 
 import hypothesis.extra.numpy as npst
@@ -400,6 +401,18 @@ def test_deeper_nesting_is_loaded_or_was_refused(kind, depth, path):
         assert loaded == 1
     else:
         assert "nested too deeply" in refusal
+
+
+def test_no_recursion_limit_lets_through_what_cannot_be_loaded(path):
+    obj = 1
+    for _ in range(3000):
+        obj = [obj]
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(100_000)
+    try:
+        assert "nested too deeply" in save_or_refuse(obj, path)
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def test_a_tensor_that_is_its_own_attribute_is_refused(path):

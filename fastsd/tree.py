@@ -112,7 +112,8 @@ def _flatten_tree(obj: object) -> Flat:
 
 
 def _to_json(node: object) -> bytes:
-    return json.dumps(node, separators=(",", ":"), allow_nan=False).encode()
+    # Nodes are fresh, and none holds itself.
+    return json.dumps(node, check_circular=False, separators=(",", ":"), allow_nan=False).encode()
 
 
 class _Encoder:
@@ -129,9 +130,9 @@ class _Encoder:
         self._is_in_key = False
 
     def encode(self, value: Any, path: str) -> Any:
-        kind = type(value)
-        if kind is bool or value is None or (kind is str and value.isascii()):
+        if _is_literal(value):
             return value
+        kind = type(value)
         encode = _ENCODERS.get(kind)
         if encode is not None:
             return encode(self, value, path)
@@ -208,10 +209,10 @@ class _Encoder:
         return {"$str": _base64(value.encode("utf-8", "surrogatepass"))}
 
     def _encode_int(self, value: int, path: str) -> Any:
-        return value if -_INT_MAX <= value <= _INT_MAX else {"$int": hex(value)}
+        return {"$int": hex(value)}
 
     def _encode_float(self, value: float, path: str) -> Any:
-        return value if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
+        return {"$float": struct.pack(">d", value).hex()}
 
     def _encode_complex(self, value: complex, path: str) -> Any:
         parts = value.real, value.imag
@@ -228,7 +229,9 @@ class _Encoder:
         return {"$" + type(value).__name__: str(value).removeprefix("torch.")}
 
     def _encode_list(self, value: list[Any], path: str) -> Any:
-        return [self.encode(v, _join(path, i)) for i, v in enumerate(value)]
+        return [
+            v if _is_literal(v) else self.encode(v, _join(path, i)) for i, v in enumerate(value)
+        ]
 
     def _encode_tuple(self, value: tuple[Any, ...], path: str) -> Any:
         return {"$tuple": [self.encode(v, _join(path, i)) for i, v in enumerate(value)]}
@@ -249,7 +252,10 @@ class _Encoder:
     def _encode_items(self, value: dict[Any, Any], path: str) -> Any:
         """A JSON object where that is unambiguous, else a list of pairs."""
         if set(map(type, value)) <= {str} and not _is_special(value) and _are_utf8(value):
-            return {key: self.encode(v, _join(path, key)) for key, v in value.items()}
+            return {
+                key: v if _is_literal(v) else self.encode(v, _join(path, key))
+                for key, v in value.items()
+            }
         return [
             [self._encode_key(key, path), self.encode(v, _join(path, key))]
             for key, v in value.items()
@@ -307,6 +313,17 @@ _CONTAINERS: dict[type, Callable[[_Encoder, Any, str], Any]] = {
     np.ndarray: _Encoder._encode_array,
 }
 _HAVE_ATTRIBUTES = {OrderedDict, *_TENSOR_TYPES}
+
+
+def _is_literal(value: Any) -> bool:
+    """Whether JSON has the value; quick, as most values of a tree are such."""
+    kind = type(value)
+    if kind is float:
+        return math.isfinite(value)
+    if kind is int:
+        is_small: bool = -_INT_MAX <= value <= _INT_MAX
+        return is_small
+    return kind is bool or value is None or (kind is str and value.isascii())
 
 
 def _is_special(value: dict[Any, Any]) -> bool:

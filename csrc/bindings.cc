@@ -213,14 +213,15 @@ py::object header_section(const Reader& reader, std::uint32_t kind) {
   return py::bytes(bytes.data(), bytes.size());
 }
 
-py::tuple load_all(const Reader& reader, bool bases_only) {
+py::tuple load_all(const Reader& reader, bool is_ordered, bool bases_only) {
   std::vector<Bytes> bytes;
   {
     const py::gil_scoped_release no_gil;
     bytes = reader.all_bytes(check_signals);
   }
   LoadedTensors loaded;
-  if (!load_tensors(reader.index(), bytes, bases_only, &loaded)) throw py::error_already_set();
+  if (!load_tensors(reader.index(), bytes, is_ordered, bases_only, &loaded))
+    throw py::error_already_set();
   return py::make_tuple(py::reinterpret_steal<py::dict>(loaded.by_name),
                         py::reinterpret_steal<py::list>(loaded.rest),
                         py::reinterpret_steal<py::dict>(loaded.bases));
@@ -346,7 +347,7 @@ void register_reader(py::module_& module) {
       .def("names", &tensor_names)
       .def("tensor", &tensor_record, py::arg("number"))
       .def("storage", &storage_record, py::arg("number"))
-      .def("load", &load_all, py::arg("bases_only"))
+      .def("load", &load_all, py::arg("is_ordered"), py::arg("bases_only"))
       .def("base", &load_base, py::arg("storage"), py::arg("begin"), py::arg("end"))
       .def("find_damage", &find_damage);
   py::class_<Prefetch>(module, "Prefetch")

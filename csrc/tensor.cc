@@ -225,10 +225,11 @@ bool describe_plain(PyObject* tensor, PlainTensor* plain) {
   return true;
 }
 
-bool load_tensors(const Index& index, const std::vector<Bytes>& bytes, bool is_all_rest,
-                  LoadedTensors* loaded) {
+bool load_tensors(const Index& index, const std::vector<Bytes>& bytes, bool is_ordered,
+                  bool is_all_rest, LoadedTensors* loaded) {
   const CollectionPause pause;
-  Reference by_name(PyDict_New());
+  const auto set_item = is_ordered ? PyODict_SetItem : PyDict_SetItem;
+  Reference by_name(is_ordered ? PyODict_New() : PyDict_New());
   Reference rest(PyList_New(0));
   Reference bases(PyDict_New());
   if (by_name.get() == nullptr || rest.get() == nullptr || bases.get() == nullptr) return false;
@@ -245,8 +246,7 @@ bool load_tensors(const Index& index, const std::vector<Bytes>& bytes, bool is_a
                           counts[tensor.storage] == 1 && tensor.flags == 0 &&
                           tensor.storage_offset == 0 && (storage.flags & kStorageHasNoData) == 0;
     if (!is_plain) {
-      if (PyDict_SetItem(by_name.get(), name.get(), Py_None) != 0 ||
-          !append_number(rest.get(), i) ||
+      if (set_item(by_name.get(), name.get(), Py_None) != 0 || !append_number(rest.get(), i) ||
           !add_base(bases.get(), tensor.storage, storage, bytes[tensor.storage])) {
         return false;
       }
@@ -255,7 +255,7 @@ bool load_tensors(const Index& index, const std::vector<Bytes>& bytes, bool is_a
     const std::int64_t* shape = index.dims.data() + tensor.dims_offset;
     const Reference object(
         make_tensor(bytes[tensor.storage], dtype, tensor.rank, shape, shape + tensor.rank));
-    if (object.get() == nullptr || PyDict_SetItem(by_name.get(), name.get(), object.get()) != 0)
+    if (object.get() == nullptr || set_item(by_name.get(), name.get(), object.get()) != 0)
       return false;
   }
   *loaded = {by_name.release(), rest.release(), bases.release()};

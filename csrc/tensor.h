@@ -48,15 +48,15 @@ bool describe_plain(PyObject* tensor, PlainTensor* plain);
 
 // What load() starts from: the tensors by name, in file order.
 struct LoadedTensors {
-  PyObject* by_name = nullptr;  // dict; None for each tensor listed in `rest`
+  PyObject* by_name = nullptr;  // dict, or OrderedDict; None for each tensor listed in `rest`
   PyObject* rest = nullptr;   // list of tensor numbers that need more than DLPack: those that share
                               // a storage, carry flags, are meta, or have a dtype that DLPack lacks
   PyObject* bases = nullptr;  // dict: storage number -> uint8 tensor of all its bytes, for the rest
 };
 
-// `bytes`: of each storage. `is_all_rest`: makes no tensor but the bases.
-// Returns false with a Python exception set.
-bool load_tensors(const Index& index, const std::vector<Bytes>& bytes, bool is_all_rest,
-                  LoadedTensors* loaded);
+// `bytes`: of each storage. `is_ordered`: makes an OrderedDict. `is_all_rest`: makes no tensor but
+// the bases. Returns false with a Python exception set.
+bool load_tensors(const Index& index, const std::vector<Bytes>& bytes, bool is_ordered,
+                  bool is_all_rest, LoadedTensors* loaded);
 
 }  // namespace fastsd

@@ -105,11 +105,11 @@ class Reader(metaclass=_pybind11_type):
         """(offset in the file, bytes, CRC32C or None, device, whether it has no data)."""
 
     def load(
-        self, bases_only: bool
+        self, is_ordered: bool, bases_only: bool
     ) -> tuple[dict[str, torch.Tensor], list[int], dict[int, torch.Tensor]]:
-        """All tensors by name; the numbers of those that are None because they need more than
-        DLPack; and for these, the bytes of each storage they lie in. ``bases_only``: leave all to
-        the caller."""
+        """All tensors by name, in a dict or an OrderedDict; the numbers of those that are None
+        because they need more than DLPack; and for these, the bytes of each storage they lie in.
+        ``bases_only``: leave all to the caller."""
 
     def base(self, storage: int, begin: int, end: int) -> torch.Tensor:
         """Bytes of a storage as a uint8 tensor: a view of the mapping, or freshly read."""

@@ -11,7 +11,7 @@ import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
 from fastsd import _core, tree
-from fastsd.archive import Archive, load_tensors
+from fastsd.archive import Archive, Restore, load_tensors
 from fastsd.archive import verify as verify_archive
 from fastsd.errors import ChecksumError, FormatError, UnsupportedError
 from fastsd.files import encode_path, is_path, is_stream_path, open_source, write_stream
@@ -150,20 +150,21 @@ def _load(reader: _core.Reader, map_location: Any, verify: Verify) -> Any:
             )
     restore = find_restore(map_location, reader.devices)
     try:
-        return _restore(reader, load_tensors(reader, restore))
+        return _restore(reader, restore)
     except FormatError as error:
         error.path = reader.name
         raise
 
 
-def _restore(reader: _core.Reader, tensors: dict[str, torch.Tensor]) -> Any:
-    """The object that was saved, from its tensors."""
+def _restore(reader: _core.Reader, restore: Restore | None) -> Any:
+    """The object that was saved; ``restore`` as for `load_tensors`."""
     fsd.decode_metadata(reader)  # for open() to give, but damaged is damaged
     text = reader.section(fsd.Section.TREE)
     if text is not None:
-        return tree.restore_tree(text, list(tensors.values()))
-    is_ordered = bool(reader.file_flags & fsd.ROOT_IS_ORDERED_DICT)
-    return tree.restore_flat(tensors, is_ordered, reader.section(fsd.Section.STATE_METADATA))
+        return tree.restore_tree(text, list(load_tensors(reader, restore, False).values()))
+    metadata = reader.section(fsd.Section.STATE_METADATA)
+    is_ordered = metadata is not None or bool(reader.file_flags & fsd.ROOT_IS_ORDERED_DICT)
+    return tree.restore_flat(load_tensors(reader, restore, is_ordered), metadata)
 
 
 def load_into(

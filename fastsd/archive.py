@@ -246,9 +246,12 @@ def _find_shared(reader: _core.Reader) -> frozenset[int]:
     return frozenset(storage for storage, count in Counter(storages).items() if count > 1)
 
 
-def load_tensors(reader: _core.Reader, restore: Restore | None) -> dict[str, torch.Tensor]:
-    """All tensors by name, in the order of the file; ``restore`` as for `rebuild_rest`."""
-    by_name, rest, bases = reader.load(bases_only=restore is not None)
+def load_tensors(
+    reader: _core.Reader, restore: Restore | None, is_ordered: bool
+) -> dict[str, torch.Tensor]:
+    """All tensors by name, in the order of the file and, if so asked, in an OrderedDict;
+    ``restore`` as for `rebuild_rest`."""
+    by_name, rest, bases = reader.load(is_ordered=is_ordered, bases_only=restore is not None)
     if rest:
         rebuild_rest(reader, by_name, rest, bases, restore)
     return by_name

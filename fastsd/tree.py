@@ -373,17 +373,15 @@ def check_attributes(value: Any, attributes: dict[Any, Any]) -> None:
 
 
 def restore_flat(
-    by_name: dict[str, torch.Tensor], is_ordered: bool, state_metadata: bytes | None
+    by_name: dict[str, torch.Tensor], state_metadata: bytes | None
 ) -> dict[str, torch.Tensor]:
-    """The flat dictionary that was saved; ``by_name`` itself where that will do."""
-    if state_metadata is None:
-        return OrderedDict(by_name) if is_ordered else by_name
-    ordered = OrderedDict(by_name)
-    metadata = _from_json(state_metadata, Section.STATE_METADATA, [])
-    if type(metadata) is not dict:
-        raise FormatError("section state_metadata is no JSON object")
-    vars(ordered)["_metadata"] = OrderedDict(metadata)
-    return ordered
+    """``by_name`` itself, which has its `_metadata` then; an OrderedDict, if there is any."""
+    if state_metadata is not None:
+        metadata = _from_json(state_metadata, Section.STATE_METADATA, [])
+        if type(metadata) is not dict:
+            raise FormatError("section state_metadata is no JSON object")
+        vars(by_name)["_metadata"] = OrderedDict(metadata)
+    return by_name
 
 
 def restore_tree(text: bytes, tensors: list[torch.Tensor]) -> Any:

@@ -111,6 +111,7 @@ class TensorPlan {
     if (names.size() != tensors.size()) throw py::value_error("as many names as tensors");
     plan_.reserve(names.size());
     std::vector<std::int64_t> dims;
+    bool has_refused = false;
     constexpr std::size_t prefetch_distance = 16;
     for (std::size_t i = 0; i < names.size(); ++i) {
       if (i + prefetch_distance < tensors.size())
@@ -118,7 +119,7 @@ class TensorPlan {
       const py::handle tensor = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
       const std::string_view name = utf8(PyList_GET_ITEM(names.ptr(), static_cast<Py_ssize_t>(i)));
       PlainTensor plain{};
-      if (!describe_plain(tensor.ptr(), &plain)) {
+      if (!describe_plain(tensor.ptr(), &has_refused, &plain)) {
         add_described(plan_, name,
                       describe(py::str(name.data(), name.size()), tensor).cast<Described>());
         continue;

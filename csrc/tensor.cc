@@ -203,17 +203,19 @@ PyObject* make_tensor(const Bytes& bytes, const DTypeInfo& dtype, std::uint32_t 
   return make(bytes, dtype, rank, shape, stride);
 }
 
-bool describe_plain(PyObject* tensor, PlainTensor* plain) {
+bool describe_plain(PyObject* tensor, bool* has_refused, PlainTensor* plain) {
   if (g_torch.exchange == nullptr ||
       reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != g_torch.tensor_type ||
-      !gives(tensor, g_torch.is_cpu, Py_True)) {
+      (*has_refused && !gives(tensor, g_torch.is_cpu, Py_True))) {
     return false;
   }
   dlpack::Tensor described{};
   if (g_torch.exchange->dltensor_from_py_object_no_sync(tensor, &described) != 0) {
     PyErr_Clear();
+    *has_refused = true;
     return false;
   }
+  if (described.device.device_type != dlpack::kDeviceCpu) return false;
   const DTypeInfo* dtype = find_dtype(described.dtype);
   if (dtype == nullptr || is_eight_bit_impostor(tensor, *dtype) || !has_no_flags(tensor, *dtype))
     return false;

@@ -43,8 +43,10 @@ struct PlainTensor {
   const std::int64_t* stride;
 };
 
-// Returns whether `tensor` is plain; never leaves an exception set.
-bool describe_plain(PyObject* tensor, PlainTensor* plain);
+// Returns whether `tensor` is plain; never leaves an exception set. `has_refused`, false before the
+// first of many tensors, is carried from one to the next: DLPack takes a millisecond to refuse one,
+// as it does with meta tensors, so that after the first they are asked where they are.
+bool describe_plain(PyObject* tensor, bool* has_refused, PlainTensor* plain);
 
 // What load() starts from: the tensors by name, in file order.
 struct LoadedTensors {

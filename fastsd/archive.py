@@ -17,6 +17,7 @@ from fastsd.tensors import (
     TensorRecord,
     apply_flags,
     dtype_of,
+    extent_items,
     rebuild_rest,
     view_storage,
 )
@@ -229,10 +230,8 @@ class Archive(Mapping[str, torch.Tensor]):
                 whole = reader.base(number, 0, nbytes).to(self._device)
                 base = self._bases.setdefault(number, whole)  # another thread's, if it was quicker
             return base, 0
-        begin = end = offset * itemsize
-        if 0 not in record.shape:
-            last = sum((n - 1) * s for n, s in zip(record.shape, record.stride, strict=True))
-            end = begin + (last + 1) * itemsize
+        begin = offset * itemsize
+        end = begin + extent_items(record.shape, record.stride) * itemsize
         if end == begin:
             return reader.base(number, 0, 0).to(self._device), begin
         return reader.base(number, begin, end).to(self._device), begin

@@ -148,7 +148,7 @@ class Parser {
 
   // ---- Values ----
 
-  PyObject* parse_value() {  // NOLINT(misc-no-recursion): no deeper than kDepthMax
+  PyObject* parse_value() {
     skip_space();
     switch (*at_) {
       case '"':

@@ -260,12 +260,12 @@ def test_only_chosen_tensors_are_made(path):
         assert list(by_name) == ["t3", "t77"]
         assert rest == ([3, 77] if bases_only else [])
         assert list(bases) == rest
-    assert reader.load(False, [])[0] == {}
+    assert reader.load(False, False, [])[0] == {}
     for numbers in ([77, 3], [3, 3]):
         with pytest.raises(ValueError, match="ascend"):
-            reader.load(False, numbers)
+            reader.load(False, False, numbers)
     with pytest.raises(IndexError, match="100"):
-        reader.load(False, [3, 100])
+        reader.load(False, False, [3, 100])
 
 
 def bytes_read():

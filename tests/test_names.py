@@ -256,7 +256,7 @@ def test_only_chosen_tensors_are_made(path):
     fastsd.save({f"t{i}": torch.full((2,), float(i)) for i in range(100)}, path)
     reader = _core.Reader(str(path), str(path), None)
     for bases_only in (False, True):
-        by_name, rest, bases = reader.load(bases_only, [3, 77])
+        by_name, rest, bases = reader.load(False, bases_only, [3, 77])
         assert list(by_name) == ["t3", "t77"]
         assert rest == ([3, 77] if bases_only else [])
         assert list(bases) == rest

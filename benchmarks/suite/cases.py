@@ -17,8 +17,8 @@ QUICK = os.environ.get("FASTSD_BENCH_QUICK") == "1"
 
 @dataclass(frozen=True)
 class Case:
-    """One object to save and how often to measure on it: a model's state_dict, or what
-    ``make_object`` makes of the model.
+    """One object to save and how often to measure on it: a plain dictionary of a model's tensors,
+    or what ``make_object`` makes of the model.
 
     Contenders take turns: each is measured in ``laps`` laps, ``rounds`` rounds a lap. A round of a
     load makes ``calls`` calls, so that microseconds are not lost in the clock.
@@ -38,7 +38,7 @@ class Case:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.uniform_()
-        return self.make_object(model) if self.make_object else model.state_dict()
+        return self.make_object(model) if self.make_object else dict(model.state_dict())
 
     def make_empty_model(self, device: str) -> nn.Module:
         """Return the model on ``device`` ("meta" holds no data), zeros in every parameter."""

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <system_error>
 
 #include "checksum.h"
@@ -20,19 +21,66 @@ std::size_t threads_for(std::uint64_t bytes) {
   return bytes < kParallelBytesMin ? 1 : processor_count();
 }
 
+// What an error of the format says, with the file's name and, if that is not where it starts, where
+// in the file the archive does.
+Error locate(const Error& error, const std::string& name, std::uint64_t begin) {
+  std::string detail = error.what();
+  if (begin > 0 && error.kind != Failure::kSystem)
+    detail += " (counted from byte " + std::to_string(begin) + ", where the archive starts)";
+  return {error.kind, detail, name, error.system_errno};
+}
+
+// Reads [begin, end) of `memory` from a stream; returns where that ended, which is before `end` if
+// the stream did.
+std::uint64_t fill(const std::shared_ptr<Memory>& memory, std::uint64_t begin, std::uint64_t end,
+                   const ReadSome& read_some) {
+  while (begin < end) {
+    const std::size_t got =
+        read_some({memory->data() + begin, memory}, std::min(kStepBytes, end - begin));
+    if (got == 0) break;
+    begin += got;
+  }
+  return begin;
+}
+
+// Not value-initialized: each byte is overwritten at once.
+std::unique_ptr<std::uint64_t[]> allocate_header(const Preamble& preamble) {
+  return std::unique_ptr<std::uint64_t[]>(new std::uint64_t[preamble.header_bytes / 8]);
+}
+
 }  // namespace
 
 Reader::Reader(const std::string& path, const std::string& name, Access access)
     : file_(path, name) {
   try {
-    read_header(access);
-  } catch (Error& error) {
-    error.path = name;
-    throw;
+    read_header(true);
+    map(access);
+  } catch (const Error& error) {
+    throw locate(error, name, 0);
   }
 }
 
-void Reader::read_header(Access access) {
+Reader::Reader(int descriptor, const std::string& name, std::uint64_t begin, Access access)
+    : file_(descriptor, name, begin) {
+  try {
+    read_header(false);
+    map(access);
+  } catch (const Error& error) {
+    throw locate(error, name, begin);
+  }
+}
+
+Reader::Reader(const ReadSome& read_some, const std::string& name, std::uint64_t begin,
+               std::uint64_t bytes)
+    : file_(nullptr, 0, name, begin) {
+  try {
+    read_stream(read_some, begin, bytes);
+  } catch (const Error& error) {
+    throw locate(error, name, begin);
+  }
+}
+
+void Reader::read_header(bool is_whole_file) {
   // The header is read, not mapped: what has been validated must not change afterwards. Most
   // headers come with the first read.
   constexpr std::size_t first_bytes_max = 16384;
@@ -41,22 +89,48 @@ void Reader::read_header(Access access) {
       static_cast<std::size_t>(std::min<std::uint64_t>(first_bytes_max, file_.bytes()));
   file_.read_at(first, first_bytes, 0);
   const Preamble preamble = decode_preamble(first, first_bytes, file_.bytes());
-  if (file_.bytes() > preamble.file_bytes) {
+  if (is_whole_file && file_.bytes() > preamble.file_bytes) {
     throw Error(Failure::kFormat, "the file has " + std::to_string(file_.bytes()) +
                                       " bytes; its header accounts for " +
                                       std::to_string(preamble.file_bytes));
   }
-  // Not value-initialized: each byte is overwritten at once.
-  std::unique_ptr<std::uint64_t[]> bytes(new std::uint64_t[preamble.header_bytes / 8]);
+  std::unique_ptr<std::uint64_t[]> bytes = allocate_header(preamble);
   auto* target = reinterpret_cast<unsigned char*>(bytes.get());
   const std::size_t copied = std::min<std::size_t>(first_bytes, preamble.header_bytes);
   std::memcpy(target, first, copied);
   file_.read_at(target + copied, preamble.header_bytes - copied, copied);
   header_ = Header::decode(std::move(bytes), preamble);
+}
 
-  const bool is_mapped =
-      access == Access::kMap || (access == Access::kAuto && file_.file_system().maps_well);
-  if (is_mapped) mapping_ = Memory::map(file_, preamble.file_bytes);
+// Nothing is asked for before what came until then has been validated: a stream may be a connection
+// that stays open, and a damaged size must not make anybody wait for what never comes.
+void Reader::read_stream(const ReadSome& read_some, std::uint64_t begin, std::uint64_t bytes) {
+  const std::shared_ptr<Memory> first = Memory::allocate(sizeof(Preamble));
+  const std::uint64_t first_bytes = fill(first, 0, sizeof(Preamble), read_some);
+  const Preamble preamble = decode_preamble(first->data(), first_bytes,
+                                            first_bytes < sizeof(Preamble) ? first_bytes : bytes);
+  const auto read_part = [&](const std::shared_ptr<Memory>& memory, std::uint64_t from,
+                             std::uint64_t to) {
+    const std::uint64_t end = fill(memory, from, to, read_some);
+    if (end < to)
+      decode_preamble(first->data(), first_bytes, end);  // throws: the file is too short
+  };
+  const std::shared_ptr<Memory> head = Memory::allocate(preamble.header_bytes);
+  std::memcpy(head->data(), first->data(), first_bytes);
+  read_part(head, first_bytes, preamble.header_bytes);
+  std::unique_ptr<std::uint64_t[]> words = allocate_header(preamble);
+  std::memcpy(words.get(), head->data(), preamble.header_bytes);
+  header_ = Header::decode(std::move(words), preamble);
+
+  const std::shared_ptr<Memory> memory = Memory::allocate(preamble.file_bytes);
+  read_part(memory, preamble.header_bytes, preamble.file_bytes);
+  file_ = File(memory, preamble.file_bytes, file_.name(), begin);
+}
+
+void Reader::map(Access access) {
+  if (access == Access::kRead || file_.begin() % kMapAlignBytes != 0) return;
+  if (access == Access::kMap || file_.file_system().maps_well)
+    mapping_ = Memory::map(file_, header_.preamble().file_bytes);
 }
 
 Bytes Reader::bytes(std::size_t storage, std::uint64_t begin, std::uint64_t end,
@@ -76,6 +150,11 @@ std::vector<Bytes> Reader::all_bytes(const Interrupt& interrupt) const {
     const std::uint64_t bytes = stored_bytes(storage);
     if (mapping_) {
       all.push_back({mapping_->data() + (bytes > 0 ? storage.offset : 0), mapping_});
+      continue;
+    }
+    if (const std::shared_ptr<Memory>& whole = file_.memory()) {
+      const std::uint64_t begin = bytes > 0 ? storage.offset : 0;
+      all.push_back({whole->data() + begin, Memory::own_part(whole, begin, bytes)});
       continue;
     }
     const std::shared_ptr<Memory> memory = Memory::allocate(bytes);
@@ -163,7 +242,8 @@ void Reader::check_padding() const {
     if (bytes > 0) file_.read_at(padding, bytes, end);
     if (std::any_of(padding, padding + bytes, [](std::byte b) { return b != std::byte{0}; })) {
       throw Error(Failure::kFormat,
-                  "the padding before byte " + std::to_string(storage.offset) + " is not zero",
+                  "the padding before byte " + std::to_string(file_.begin() + storage.offset) +
+                      " is not zero",
                   file_.name());
     }
     end = storage.offset + storage.bytes;
@@ -177,7 +257,8 @@ Prefetch::Prefetch(const Reader& reader) {
   const std::uint64_t begin = preamble.header_bytes;
   const std::uint64_t end = preamble.file_bytes;
   const File& file = reader.file();
-  if (!reader.mapping() || end - begin < kParallelBytesMin || file.is_cached()) return;
+  if (!reader.mapping() || end - begin < kParallelBytesMin) return;
+  if (file.is_cached(begin, end - begin)) return;
   try {
     thread_ = std::thread([this, &file, begin, end] {
       for (std::uint64_t at = begin; at < end && !is_stopped_; at += kStepBytes)

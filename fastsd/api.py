@@ -41,7 +41,8 @@ def save(
             float, complex, str, bytes, list, tuple, torch.Size, dict, OrderedDict, set, torch
             dtypes, devices, layouts and memory formats, numpy scalars and arrays. Nothing is
             pickled.
-        f: A path, or a binary file object, which needs only ``write``.
+        f: A path, or a binary file object, which needs only ``write``: it is written from where it
+            stands and, if it has ``flush``, flushed.
         pickle_module, pickle_protocol: Accepted for torch's sake; there is nothing to pickle.
         metadata: Strings to keep in the header, for `Archive.metadata`.
         durable: Return only when the file and its directory entry are on the device. Large files
@@ -58,16 +59,19 @@ def save(
     untouched after any error, Ctrl-C included. Its permissions are kept; a symbolic link stays,
     what it points to is replaced.
 
-    Raises UnsupportedError for what cannot be saved, and OSError. Do not change the tensors
+    Raises UnsupportedError for what cannot be saved, AttributeError for an `f` without ``write``,
+    OSError, and what the file object raises. Do not change the tensors
     meanwhile.
     """
     if format not in (None, "fsd"):
         raise ValueError(f"format must be None or 'fsd', not {format!r}")
+    if not is_path(f) and not hasattr(f, "write"):
+        raise AttributeError(
+            "expected 'f' to be string, path, or a file-like object with a 'write' attribute"
+        )
     plan = _make_plan(obj, metadata)
     if not is_path(f):
-        if not hasattr(f, "write"):
-            raise TypeError(f"expected a path or a binary file object, not {type(f).__name__}")
-        write_stream(plan, f, durable=durable, checksum=checksum)  # type: ignore[arg-type]
+        write_stream(plan, f, durable=durable, checksum=checksum)
         return
     path = encode_path(f)
     if is_stream_path(path):
@@ -105,8 +109,9 @@ def load(
     """Loads what `save` has saved, in place of ``torch.load(f)``.
 
     Args:
-        f: A path, or a binary file object; of one that is no regular file the archive is read into
-            memory, from where the object stands.
+        f: A path of a file that is one archive, or a binary file object, which needs only ``read``.
+            Of an object the archive that starts where it stands is read, and not a byte more. The
+            object is left behind it or, after an error, where it stood, if it can seek.
         map_location: As for torch.load.
         pickle_module, weights_only, pickle_load_args: Accepted for torch's sake. Files hold no
             pickle, so that loading never runs code.
@@ -115,15 +120,19 @@ def load(
             meanwhile; to truncate or overwrite it in place would change or kill the process.
             False: tensors have memory of their own, read at once and in parallel.
             None: map, except on file systems where that is slow or unsafe (NFS, SMB, Lustre,
-            FUSE...).
+            FUSE...), and except file objects that are open for writing, too.
+            What cannot be mapped is read, once, whatever this says: objects that are no regular
+            file (io.BytesIO, pipes, compressed files...), and archives that do not start at a
+            multiple of 64 bytes in their file.
         verify: How much to check before anything is returned. "structure": the whole header,
             against every rule of the format and its own checksum; no tensor data is read.
             "checksums": that, and every byte of the file against the recorded checksums.
 
     Returns the object, with the same nesting, types, key order and sharing of memory.
 
-    Raises FormatError for a file that is damaged or not of this format, ChecksumError, OSError,
-    and what torch raises where `map_location` cannot be met.
+    Raises FormatError for a file that is damaged or not of this format, EmptyError (an EOFError)
+    where there is nothing to read, ChecksumError, OSError, AttributeError for an `f` without
+    ``read``, what a file object raises, and what torch raises where `map_location` cannot be met.
     """
     _check_verify(verify)
     unknown = pickle_load_args.keys() - {"encoding", "errors", "fix_imports", "buffers"}
@@ -252,7 +261,9 @@ def open(f: PathOrFile, device: torch.device | str = CPU, *, mmap: bool | None =
     """Opens a file as a read-only mapping of its tensors, which are read when they are asked for.
 
     ``device`` is where they are put then; ``mmap`` as for `load`. Nested files are mappings too:
-    their names are the keys on the way, joined by dots. Raises what `load` raises.
+    their names are the keys on the way, joined by dots. Of a file object that cannot be mapped and
+    is no regular file everything is read at once; tensors are copies then. Raises what `load`
+    raises.
     """
     with open_source(f) as source:
         return fsd.open_archive(source, mmap, device)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def raw_bytes(tensor: Tensor) -> Tensor:
@@ -18,14 +18,37 @@ def raw_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
-def same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    """Tell whether two dictionaries hold the same names, shapes, dtypes and bits."""
-    return left.keys() == right.keys() and all(
-        left[name].shape == tensor.shape
-        and left[name].dtype == tensor.dtype
-        and torch.equal(raw_bytes(left[name]), raw_bytes(tensor))
-        for name, tensor in right.items()
-    )
+def list_parts(obj: object, path: str = "") -> dict[str, object]:
+    """Return what an object holds, tensors and plain values, by the way that leads to it."""
+    if isinstance(obj, nn.Module):
+        obj = obj.state_dict()
+    items: Iterable[tuple[object, object]]
+    if isinstance(obj, Mapping):
+        items = obj.items()
+    elif isinstance(obj, (list, tuple)):
+        items = enumerate(obj)
+    else:
+        return {path: obj}
+    return {k: v for key, part in items for k, v in list_parts(part, f"{path}/{key}").items()}
+
+
+def list_tensors(obj: object) -> list[Tensor]:
+    """Return the tensors that an object holds."""
+    return [part for part in list_parts(obj).values() if isinstance(part, Tensor)]
+
+
+def same_part(left: object, right: object) -> bool:
+    """Tell whether two values are equal; tensors in shape, dtype and bits."""
+    if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+        return type(left) is type(right) and left == right
+    is_alike = left.shape == right.shape and left.dtype == right.dtype
+    return is_alike and torch.equal(raw_bytes(left), raw_bytes(right))
+
+
+def same_bits(left: object, right: object) -> bool:
+    """Tell whether two objects hold the same tensors and plain values in the same places."""
+    ours, theirs = list_parts(left), list_parts(right)
+    return ours.keys() == theirs.keys() and all(same_part(ours[k], theirs[k]) for k in ours)
 
 
 def digest_tensor(tensor: Tensor) -> str:

@@ -4,8 +4,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
+#include <functional>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <utility>
@@ -212,14 +215,40 @@ py::object header_section(const Reader& reader, std::uint32_t kind) {
   return py::bytes(bytes.data(), bytes.size());
 }
 
-py::tuple load_all(const Reader& reader, bool bases_only) {
+// Numbers of tensors, ascending; nothing stands for all.
+using Numbers = std::optional<std::vector<std::size_t>>;
+
+std::vector<std::size_t> checked_numbers(const Index& index, Numbers&& wanted) {
+  if (!wanted) {
+    std::vector<std::size_t> all(index.tensors.size());
+    std::iota(all.begin(), all.end(), std::size_t{0});
+    return all;
+  }
+  std::vector<std::size_t> numbers = *std::move(wanted);
+  if (std::adjacent_find(numbers.begin(), numbers.end(), std::greater_equal<>()) != numbers.end())
+    throw py::value_error("numbers of tensors must ascend");
+  if (!numbers.empty() && numbers.back() >= index.tensors.size())
+    throw py::index_error("tensor " + std::to_string(numbers.back()));
+  return numbers;
+}
+
+// Marks the storages that tensors lie in.
+std::vector<bool> storages_of(const Index& index, const std::vector<std::size_t>& numbers) {
+  std::vector<bool> marks(index.storages.size());
+  for (const std::size_t number : numbers) marks[index.tensors[number].storage] = true;
+  return marks;
+}
+
+py::tuple load(const Reader& reader, bool bases_only, Numbers wanted) {
+  const std::vector<std::size_t> numbers = checked_numbers(reader.index(), std::move(wanted));
   std::vector<Bytes> bytes;
   {
     const py::gil_scoped_release no_gil;
-    bytes = reader.all_bytes(check_signals);
+    bytes = reader.bytes_of(storages_of(reader.index(), numbers), check_signals);
   }
   LoadedTensors loaded;
-  if (!load_tensors(reader.index(), bytes, bases_only, &loaded)) throw py::error_already_set();
+  if (!load_tensors(reader.index(), numbers, bytes, bases_only, &loaded))
+    throw py::error_already_set();
   return py::make_tuple(py::reinterpret_steal<py::dict>(loaded.by_name),
                         py::reinterpret_steal<py::list>(loaded.rest),
                         py::reinterpret_steal<py::dict>(loaded.bases));
@@ -243,6 +272,11 @@ py::object load_base(const Reader& reader, std::size_t storage, std::uint64_t be
   PyObject* base = make_tensor(bytes, uint8, 1, &shape, &stride);
   if (base == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(base);
+}
+
+std::unique_ptr<Prefetch> start_prefetch(const Reader& reader, Numbers wanted) {
+  const std::vector<std::size_t> numbers = checked_numbers(reader.index(), std::move(wanted));
+  return std::make_unique<Prefetch>(reader, storages_of(reader.index(), numbers));
 }
 
 std::vector<std::size_t> find_damage(const Reader& reader) {
@@ -368,11 +402,12 @@ void register_reader(py::module_& module) {
       .def("names", &tensor_names)
       .def("tensor", &tensor_record, py::arg("number"))
       .def("storage", &storage_record, py::arg("number"))
-      .def("load", &load_all, py::arg("bases_only"))
+      .def("load", &load, py::arg("bases_only"), py::arg("numbers") = py::none())
       .def("base", &load_base, py::arg("storage"), py::arg("begin"), py::arg("end"))
       .def("find_damage", &find_damage);
   py::class_<Prefetch>(module, "Prefetch")
-      .def(py::init<const Reader&>(), py::arg("reader"), py::keep_alive<1, 2>())
+      .def(py::init(&start_prefetch), py::arg("reader"), py::arg("numbers") = py::none(),
+           py::keep_alive<1, 2>())
       .def("stop", &Prefetch::stop, py::call_guard<py::gil_scoped_release>());
 }
 

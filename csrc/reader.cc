@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 #include <system_error>
+#include <utility>
 
 #include "checksum.h"
 #include "error.h"
@@ -46,6 +47,27 @@ std::uint64_t fill(const std::shared_ptr<Memory>& memory, std::uint64_t begin, s
 // Not value-initialized: each byte is overwritten at once.
 std::unique_ptr<std::uint64_t[]> allocate_header(const Preamble& preamble) {
   return std::unique_ptr<std::uint64_t[]>(new std::uint64_t[preamble.header_bytes / 8]);
+}
+
+struct Extent {
+  std::uint64_t begin;
+  std::uint64_t end;
+};
+
+// Where the wanted storages lie in the file; neighbours, with the padding between them, are one.
+std::vector<Extent> find_extents(const Span<StorageRecord>& storages,
+                                 const std::vector<bool>& is_wanted) {
+  std::vector<Extent> extents;
+  for (std::size_t i = 0; i < storages.size(); ++i) {
+    const std::uint64_t bytes = stored_bytes(storages[i]);
+    if (!is_wanted[i] || bytes == 0) continue;
+    const std::uint64_t begin = storages[i].offset;
+    if (!extents.empty() && begin - extents.back().end < kStorageAlignBytes)
+      extents.back().end = begin + bytes;
+    else
+      extents.push_back({begin, begin + bytes});
+  }
+  return extents;
 }
 
 }  // namespace
@@ -142,24 +164,28 @@ Bytes Reader::bytes(std::size_t storage, std::uint64_t begin, std::uint64_t end,
   return {memory->data(), memory};
 }
 
-std::vector<Bytes> Reader::all_bytes(const Interrupt& interrupt) const {
-  std::vector<Bytes> all;
+std::vector<Bytes> Reader::bytes_of(const std::vector<bool>& is_wanted,
+                                    const Interrupt& interrupt) const {
+  std::vector<Bytes> all(index().storages.size());
   std::vector<File::Piece> extents;
-  all.reserve(index().storages.size());
-  for (const StorageRecord& storage : index().storages) {
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    const StorageRecord& storage = index().storages[i];
     const std::uint64_t bytes = stored_bytes(storage);
-    if (mapping_) {
-      all.push_back({mapping_->data() + (bytes > 0 ? storage.offset : 0), mapping_});
+    const std::uint64_t offset = bytes > 0 ? storage.offset : 0;
+    if (const std::shared_ptr<Memory>& whole = file_.memory()) {
+      // The part of one that is not wanted is given back at once.
+      const Bytes part{whole->data() + offset, Memory::own_part(whole, offset, bytes)};
+      if (is_wanted[i]) all[i] = part;
       continue;
     }
-    if (const std::shared_ptr<Memory>& whole = file_.memory()) {
-      const std::uint64_t begin = bytes > 0 ? storage.offset : 0;
-      all.push_back({whole->data() + begin, Memory::own_part(whole, begin, bytes)});
+    if (!is_wanted[i]) continue;
+    if (mapping_) {
+      all[i] = {mapping_->data() + offset, mapping_};
       continue;
     }
     const std::shared_ptr<Memory> memory = Memory::allocate(bytes);
-    all.push_back({memory->data(), memory});
-    extents.push_back({memory->data(), bytes, storage.offset});
+    all[i] = {memory->data(), memory};
+    extents.push_back({memory->data(), bytes, offset});
   }
   read(extents, interrupt);
   return all;
@@ -252,17 +278,21 @@ void Reader::check_padding() const {
 
 // ---- Prefetch ----
 
-Prefetch::Prefetch(const Reader& reader) {
-  const Preamble& preamble = reader.header().preamble();
-  const std::uint64_t begin = preamble.header_bytes;
-  const std::uint64_t end = preamble.file_bytes;
+Prefetch::Prefetch(const Reader& reader, const std::vector<bool>& is_wanted) {
+  if (!reader.mapping()) return;
+  std::vector<Extent> extents = find_extents(reader.index().storages, is_wanted);
+  std::uint64_t total = 0;
+  for (const Extent& extent : extents) total += extent.end - extent.begin;
   const File& file = reader.file();
-  if (!reader.mapping() || end - begin < kParallelBytesMin) return;
-  if (file.is_cached(begin, end - begin)) return;
+  if (total < kParallelBytesMin) return;
+  const std::uint64_t first = extents.front().begin;
+  if (file.is_cached(first, extents.back().end - first)) return;
   try {
-    thread_ = std::thread([this, &file, begin, end] {
-      for (std::uint64_t at = begin; at < end && !is_stopped_; at += kStepBytes)
-        file.read_ahead(at, std::min(kStepBytes, end - at));
+    thread_ = std::thread([this, &file, extents = std::move(extents)] {
+      for (const Extent& extent : extents) {
+        for (std::uint64_t at = extent.begin; at < extent.end && !is_stopped_; at += kStepBytes)
+          file.read_ahead(at, std::min(kStepBytes, extent.end - at));
+      }
     });
   } catch (const std::system_error&) {
     // No thread to be had: pages come when they are touched.

@@ -59,9 +59,11 @@ class Reader {
   Bytes bytes(std::size_t storage, std::uint64_t begin, std::uint64_t end,
               const Interrupt& interrupt) const;
 
-  // The bytes of all storages, in parallel. Those of a stream are handed out as they are, so that
-  // they are to be asked for once, and last.
-  std::vector<Bytes> all_bytes(const Interrupt& interrupt) const;
+  // The bytes of the storages that `is_wanted` marks, by number, in parallel; none of the others.
+  // Those of a stream are handed out as they are, and the others given back, so that this is to be
+  // called once, and last.
+  // REQUIRES: a mark for each storage.
+  std::vector<Bytes> bytes_of(const std::vector<bool>& is_wanted, const Interrupt& interrupt) const;
 
   // Reads every stored byte, in parallel; returns the storages whose bytes do not have the checksum
   // recorded for them. Storages without one are not read. Throws kFormat if padding is not zero.
@@ -79,13 +81,13 @@ class Reader {
   std::shared_ptr<Memory> mapping_;
 };
 
-// A thread that brings a mapped file's data from the device into the page cache, in the order of
-// the file and ahead of another thread that uses it. If all of it is there already there is nothing
-// to do: a second thread in the page tables would only be in the way. Stops when told to, or
-// destroyed. REQUIRES: the reader outlives it.
+// A thread that brings storages of a mapped file from the device into the page cache, in the order
+// of the file and ahead of another thread that uses them. If all of the file is there already there
+// is nothing to do: a second thread in the page tables would only be in the way. Stops when told
+// to, or destroyed. REQUIRES: a mark for each storage; the reader outlives it.
 class Prefetch {
  public:
-  explicit Prefetch(const Reader& reader);
+  Prefetch(const Reader& reader, const std::vector<bool>& is_wanted);
   Prefetch(const Prefetch&) = delete;
   Prefetch& operator=(const Prefetch&) = delete;
   ~Prefetch();

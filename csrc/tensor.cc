@@ -251,15 +251,15 @@ bool describe_plain(PyObject* tensor, PlainTensor* plain) {
   return true;
 }
 
-bool load_tensors(const Index& index, const std::vector<Bytes>& bytes, bool is_all_rest,
-                  LoadedTensors* loaded) {
+bool load_tensors(const Index& index, const std::vector<std::size_t>& numbers,
+                  const std::vector<Bytes>& bytes, bool is_all_rest, LoadedTensors* loaded) {
   const CollectionPause pause;
   Reference by_name(PyDict_New());
   Reference rest(PyList_New(0));
   Reference bases(PyDict_New());
   if (by_name.get() == nullptr || rest.get() == nullptr || bases.get() == nullptr) return false;
   const std::vector<std::uint32_t> counts = count_tensors(index);
-  for (std::size_t i = 0; i < index.tensors.size(); ++i) {
+  for (const std::size_t i : numbers) {
     const TensorRecord& tensor = index.tensors[i];
     const DTypeInfo& dtype = *find_dtype(tensor.dtype);
     const std::string_view text = index.name(tensor);

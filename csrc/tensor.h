@@ -46,7 +46,7 @@ struct PlainTensor {
 // Returns whether `tensor` is plain; never leaves an exception set.
 bool describe_plain(PyObject* tensor, PlainTensor* plain);
 
-// What load() starts from: the tensors by name, in file order.
+// What load() starts from: tensors by name, in file order.
 struct LoadedTensors {
   PyObject* by_name = nullptr;  // dict; None for each tensor listed in `rest`
   PyObject* rest = nullptr;   // list of tensor numbers that need more than DLPack: those that share
@@ -54,9 +54,9 @@ struct LoadedTensors {
   PyObject* bases = nullptr;  // dict: storage number -> uint8 tensor of all its bytes, for the rest
 };
 
-// `bytes`: of each storage. `is_all_rest`: makes no tensor but the bases.
-// Returns false with a Python exception set.
-bool load_tensors(const Index& index, const std::vector<Bytes>& bytes, bool is_all_rest,
-                  LoadedTensors* loaded);
+// `numbers`: of the tensors to make. `bytes`: of each storage that they lie in, by number.
+// `is_all_rest`: makes no tensor but the bases. Returns false with a Python exception set.
+bool load_tensors(const Index& index, const std::vector<std::size_t>& numbers,
+                  const std::vector<Bytes>& bytes, bool is_all_rest, LoadedTensors* loaded);
 
 }  // namespace fastsd

@@ -118,11 +118,11 @@ class Reader(metaclass=_pybind11_type):
         it has no data)."""
 
     def load(
-        self, bases_only: bool
+        self, bases_only: bool, numbers: Sequence[int] | None = None
     ) -> tuple[dict[str, torch.Tensor], list[int], dict[int, torch.Tensor]]:
-        """All tensors by name; the numbers of those that are None because they need more than
-        DLPack; and for these, the bytes of each storage they lie in. ``bases_only``: leave all to
-        the caller."""
+        """Tensors by name: all, or those of ascending numbers; the numbers of those that are None
+        because they need more than DLPack; and for these, the bytes of each storage they lie in.
+        Only storages of these tensors are read. ``bases_only``: leave all to the caller."""
 
     def base(self, storage: int, begin: int, end: int) -> torch.Tensor:
         """Bytes of a storage as a uint8 tensor: a view of the mapping, or freshly read."""
@@ -131,7 +131,10 @@ class Reader(metaclass=_pybind11_type):
         """Reads all data; the storages that differ from their checksums."""
 
 class Prefetch(metaclass=_pybind11_type):
-    """A thread that brings a mapped file's data into memory, in the order of the file."""
+    """A thread that brings a mapped file's data into memory, in the order of the file.
 
-    def __init__(self, reader: Reader) -> None: ...
+    ``numbers`` are those of the tensors, ascending, whose storages are wanted; None: all.
+    """
+
+    def __init__(self, reader: Reader, numbers: Sequence[int] | None = None) -> None: ...
     def stop(self) -> None: ...

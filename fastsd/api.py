@@ -8,15 +8,16 @@ from collections.abc import Mapping, MutableMapping
 from typing import IO, Any, Literal
 
 import torch
-from torch.nn.modules.module import _IncompatibleKeys
 
-from fastsd import _core, tree
+from fastsd import _core, pickled, tree
 from fastsd.archive import Archive, load_tensors
 from fastsd.archive import verify as verify_archive
-from fastsd.errors import ChecksumError, FormatError, UnsupportedError
+from fastsd.errors import ChecksumError, FormatError, NotPlainError, UnsupportedError
 from fastsd.files import encode_path, is_path, is_stream_path, open_source, write_stream
 from fastsd.formats import fsd
-from fastsd.placement import find_restore
+from fastsd.into import Target
+from fastsd.names import Choice, NameRules, Rename, Select
+from fastsd.placement import find_restore, skips_data
 from fastsd.tensors import CPU, Describer
 
 PathOrFile = str | os.PathLike[str] | IO[bytes]
@@ -28,6 +29,8 @@ def save(
     f: PathOrFile,
     pickle_module: Any = None,
     pickle_protocol: int | None = None,
+    _use_new_zipfile_serialization: bool = True,
+    _disable_byteorder_record: bool = False,
     *,
     metadata: Mapping[str, str] | None = None,
     durable: bool = False,
@@ -37,30 +40,33 @@ def save(
     """Saves an object to a file, in place of ``torch.save(obj, f)``.
 
     Args:
-        obj: A tensor, or dicts, lists and other plain values with tensors in them: None, bool, int,
-            float, complex, str, bytes, list, tuple, torch.Size, dict, OrderedDict, set, torch
-            dtypes, devices, layouts and memory formats, numpy scalars and arrays. Nothing is
-            pickled.
+        obj: What torch.save takes. Plain objects are not pickled: a tensor, or dicts, lists and
+            other plain values with tensors in them: None, bool, int, float, complex, str, bytes,
+            list, tuple, torch.Size, dict, OrderedDict, set, torch dtypes, devices, layouts and
+            memory formats, numpy scalars and arrays. If anything else is in it (a module, a
+            sparse or quantized tensor, a tensor subclass, a storage, an object of another class)
+            all of it goes through torch's own pickling, with whole storages.
         f: A path, or a binary file object, which needs only ``write``: it is written from where it
             stands and, if it has ``flush``, flushed.
-        pickle_module, pickle_protocol: Accepted for torch's sake; there is nothing to pickle.
+        pickle_module, pickle_protocol: As for torch.save, for what has to be pickled.
+        _use_new_zipfile_serialization, _disable_byteorder_record: torch's; they mean nothing here.
         metadata: Strings to keep in the header, for `Archive.metadata`.
         durable: Return only when the file and its directory entry are on the device. Large files
             then bypass the page cache where the file system can.
         checksum: Record a CRC32C for each storage.
         format: None or "fsd".
 
-    Tensors that overlap in memory are stored once and share a storage again after loading. Only
-    bytes that some tensor can reach are written. Memory needed beyond the object: at most 64 MiB,
-    the header (about 200 bytes a tensor, and the plain values as JSON), and copies of what lies on
-    other devices.
+    Tensors that overlap in memory are stored once and share a storage again after loading. Of
+    plain objects only bytes that some tensor can reach are written. Memory needed beyond the
+    object: at most 64 MiB, the header (about 200 bytes a tensor, and the plain values as JSON or
+    as the pickle), and copies of what lies on other devices.
 
     A file at that path is replaced all at once, and only when the new one is complete: it is
     untouched after any error, Ctrl-C included. Its permissions are kept; a symbolic link stays,
     what it points to is replaced.
 
-    Raises UnsupportedError for what cannot be saved, AttributeError for an `f` without ``write``,
-    OSError, and what the file object raises. Do not change the tensors
+    Raises UnsupportedError for what cannot be saved, what pickling raises, AttributeError for an
+    `f` without ``write``, OSError, and what the file object raises. Do not change the tensors
     meanwhile.
     """
     if format not in (None, "fsd"):
@@ -69,7 +75,7 @@ def save(
         raise AttributeError(
             "expected 'f' to be string, path, or a file-like object with a 'write' attribute"
         )
-    plan = _make_plan(obj, metadata)
+    plan = _make_plan(obj, metadata, pickle_module, pickle_protocol)
     if not is_path(f):
         write_stream(plan, f, durable=durable, checksum=checksum)
         return
@@ -81,18 +87,35 @@ def save(
         plan.write(path, durable, checksum)
 
 
-def _make_plan(obj: object, metadata: Mapping[str, str] | None) -> _core.Plan:
+def _make_plan(
+    obj: object, metadata: Mapping[str, str] | None, pickle_module: Any, pickle_protocol: int | None
+) -> _core.Plan:
+    sections = [(fsd.Section.METADATA, fsd.encode_metadata(dict(metadata)))] if metadata else []
+    if not skips_data():
+        try:
+            return _plan_plain(obj, sections)
+        except NotPlainError:
+            pass
+    return _plan_pickled(pickled.dump(obj, pickle_module, pickle_protocol), sections)
+
+
+def _plan_plain(obj: object, sections: list[tuple[fsd.Section, bytes]]) -> _core.Plan:
     flat = tree.flatten(obj)
     describer = Describer()
     plan = _core.Plan(flat.names, flat.tensors, describer)
-    sections: list[tuple[int, bytes]] = []
+    sections = list(sections)
     if flat.tree is not None:
         sections.append((fsd.Section.TREE, flat.tree))
     if flat.state_metadata is not None:
         sections.append((fsd.Section.STATE_METADATA, flat.state_metadata))
-    if metadata:
-        sections.append((fsd.Section.METADATA, fsd.encode_metadata(dict(metadata))))
     plan.finish(fsd.ROOT_IS_ORDERED_DICT * flat.is_ordered, describer.devices, sections)
+    return plan
+
+
+def _plan_pickled(parts: pickled.Pickled, sections: list[tuple[fsd.Section, bytes]]) -> _core.Plan:
+    describer = Describer()
+    plan = _core.Plan(list(parts.storages), list(parts.storages.values()), describer)
+    plan.finish(0, describer.devices, [*sections, (fsd.Section.PICKLE, parts.stream)])
     return plan
 
 
@@ -101,9 +124,12 @@ def load(
     map_location: Any = None,
     pickle_module: Any = None,
     *,
-    weights_only: bool = True,
+    weights_only: bool | None = None,
     mmap: bool | None = None,
     verify: Verify = "structure",
+    prefix: str | None = None,
+    rename: Rename | None = None,
+    select: Select | None = None,
     **pickle_load_args: Any,
 ) -> Any:
     """Loads what `save` has saved, in place of ``torch.load(f)``.
@@ -113,8 +139,12 @@ def load(
             Of an object the archive that starts where it stands is read, and not a byte more. The
             object is left behind it or, after an error, where it stood, if it can seek.
         map_location: As for torch.load.
-        pickle_module, weights_only, pickle_load_args: Accepted for torch's sake. Files hold no
-            pickle, so that loading never runs code.
+        weights_only: As for torch.load, for files that hold a pickle; loading others never runs
+            code, whatever it says. True, and None without a ``pickle_module``: torch's restricted
+            unpickler, with what torch.serialization.add_safe_globals and safe_globals allow.
+            False: anything, so that the file may run any code. The environment variables
+            TORCH_FORCE_WEIGHTS_ONLY_LOAD and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD count.
+        pickle_module, pickle_load_args: As for torch.load, with ``weights_only=False``.
         mmap: True: tensors are views of the mapped file; nothing is read until it is used. They are
             writable, and what is written stays in this process. The file may be replaced or deleted
             meanwhile; to truncate or overwrite it in place would change or kill the process.
@@ -126,28 +156,54 @@ def load(
             multiple of 64 bytes in their file.
         verify: How much to check before anything is returned. "structure": the whole header,
             against every rule of the format and its own checksum; no tensor data is read.
-            "checksums": that, and every byte of the file against the recorded checksums.
+            "checksums": that, and every byte of the file, whatever is chosen of it, against the
+            recorded checksums.
+        prefix: Only tensors whose names start with this; it is taken off.
+        select: Only tensors with these names, as they are once the prefix is off: a function of a
+            name, a name or a pattern (``*``, ``?``, ``[...]``; ``*`` matches dots too), or several
+            of them. Each pattern must match something; a function need not.
+        rename: What the tensors that are left are called: a function from name to name, or a dict
+            from leading parts of names to what replaces them, of which the longest that fits is
+            replaced, once. ``{"": "module."}`` puts a prefix on, ``{"_orig_mod.": ""}`` takes one
+            off where there is one.
 
     Returns the object, with the same nesting, types, key order and sharing of memory.
 
+    With any of ``prefix``, ``select`` and ``rename``, it is a flat dictionary of tensors, as
+    `open` names them: keys on the way to them, joined by dots. Only these are made and read, with
+    the storages they lie in; tensors that overlap still do. Plain values are left out. The
+    `_metadata` of a flat state_dict, or of the one in a nested file that the prefix leads to, is
+    kept under the new names of the modules (module "m" goes with names "m."); not if ``rename`` is
+    a function. What occurs twice in a nested object has the names of where it comes first.
+
     Raises FormatError for a file that is damaged or not of this format, EmptyError (an EOFError)
     where there is nothing to read, ChecksumError, OSError, AttributeError for an `f` without
-    ``read``, what a file object raises, and what torch raises where `map_location` cannot be met.
+    ``read``, what a file object raises, NamesError (a KeyError) for a prefix or pattern that fits
+    no name and for two names that become one, and what torch raises where `map_location` cannot be
+    met, or a pickle not be loaded.
     """
-    _check_verify(verify)
+    if verify not in ("structure", "checksums"):
+        raise ValueError(f"verify must be 'structure' or 'checksums', not {verify!r}")
     unknown = pickle_load_args.keys() - {"encoding", "errors", "fix_imports", "buffers"}
     if unknown:
         raise TypeError(f"load() got an unexpected keyword argument {min(unknown)!r}")
+    how = pickled.Unpickling(weights_only, pickle_module, pickle_load_args)
+    how.check()
+    rules = _make_rules(prefix, select, rename)
     with open_source(f) as source:
-        return _load(fsd.open_reader(source, mmap), map_location, verify)
+        reader = fsd.open_reader(source, mmap)
+        _verify(reader, verify)
+        return _load(reader, map_location, how, rules)[0]
 
 
-def _check_verify(verify: str) -> None:
-    if verify not in ("structure", "checksums"):
-        raise ValueError(f"verify must be 'structure' or 'checksums', not {verify!r}")
+def _make_rules(
+    prefix: str | None, select: Select | None, rename: Rename | None
+) -> NameRules | None:
+    is_all = prefix is None and select is None and rename is None
+    return None if is_all else NameRules(prefix, select, rename)
 
 
-def _load(reader: _core.Reader, map_location: Any, verify: Verify) -> Any:
+def _verify(reader: _core.Reader, verify: Verify) -> None:
     if verify == "checksums":
         report = verify_archive(reader)
         if report.unchecked:
@@ -157,104 +213,123 @@ def _load(reader: _core.Reader, map_location: Any, verify: Verify) -> Any:
                 path=reader.name,
                 tensors=report.unchecked,
             )
-    restore = find_restore(map_location, reader.devices)
+    fsd.decode_metadata(reader)  # for open() to give, but damaged is damaged
+
+
+def _load(
+    reader: _core.Reader, map_location: Any, how: pickled.Unpickling, rules: NameRules | None
+) -> tuple[Any, list[int] | None]:
+    """What was saved, or what is chosen of it; and the numbers of its tensors, None for all."""
+    stream = reader.section(fsd.Section.PICKLE)
+    if stream is not None:
+        obj = pickled.load(reader, stream, map_location, how)
+        return (pickled.choose(obj, rules, reader.name) if rules else obj), None
+    choice = rules.choose(reader.names(), reader.name) if rules else None
+    numbers = choice.numbers if choice else None
     try:
-        return _restore(reader, load_tensors(reader, restore))
+        tensors = load_tensors(reader, find_restore(map_location, reader.devices), numbers)
+        restored = _restore_chosen(reader, tensors, choice) if choice else _restore(reader, tensors)
     except FormatError as error:
         error.path = reader.name
         raise
+    return restored, numbers
 
 
 def _restore(reader: _core.Reader, tensors: dict[str, torch.Tensor]) -> Any:
-    """The object that was saved, from its tensors."""
-    fsd.decode_metadata(reader)  # for open() to give, but damaged is damaged
+    """The plain object that was saved, from its tensors."""
     text = reader.section(fsd.Section.TREE)
     if text is not None:
         return tree.restore_tree(text, list(tensors.values()))
     is_ordered = bool(reader.file_flags & fsd.ROOT_IS_ORDERED_DICT)
-    return tree.restore_flat(tensors, is_ordered, reader.section(fsd.Section.STATE_METADATA))
+    metadata = tree.restore_metadata(reader.section(fsd.Section.STATE_METADATA))
+    return tree.restore_flat(tensors, is_ordered, metadata)
+
+
+def _restore_chosen(
+    reader: _core.Reader, tensors: dict[str, torch.Tensor], choice: Choice
+) -> dict[str, torch.Tensor]:
+    """Chosen tensors under their new names, with the `_metadata` of their modules."""
+    text = reader.section(fsd.Section.TREE)
+    prefix = choice.rules.prefix
+    if text is None:
+        metadata = tree.restore_metadata(reader.section(fsd.Section.STATE_METADATA))
+    else:
+        metadata, prefix = tree.find_metadata(text, prefix)
+    is_ordered = bool(reader.file_flags & fsd.ROOT_IS_ORDERED_DICT)
+    by_name = dict(zip(choice.names, tensors.values(), strict=True))
+    return tree.restore_flat(by_name, is_ordered, choice.rules.rename_modules(metadata, prefix))
 
 
 def load_into(
-    module_or_mapping: torch.nn.Module | MutableMapping[str, torch.Tensor],
+    target: torch.nn.Module | MutableMapping[str, torch.Tensor] | Any,
     f: PathOrFile,
     *,
-    strict: bool = True,
-    assign: bool = False,
+    strict: bool | None = None,
+    assign: bool | None = None,
+    prefix: str | None = None,
+    rename: Rename | None = None,
+    select: Select | None = None,
+    ignore_mismatched_sizes: bool = False,
     mmap: bool | None = None,
 ) -> Any:
-    """Loads a saved state_dict into an existing module, or into a mapping of tensors.
+    """Loads a saved state_dict into something that exists: a module, an optimizer, a mapping...
 
-    The same as ``module.load_state_dict(fastsd.load(f), strict, assign)``: torch decides on keys,
-    shapes and hooks, and gives its own errors. What is not in the page cache yet is read
-    ahead of the copy; no more memory is needed than the page cache. With ``mmap=False`` all
-    tensors are first read into memory of their own; with None the file is mapped, except with
-    ``assign=True`` on file systems where `load` would not map either.
+    The same as ``target.load_state_dict(fastsd.load(f))``: torch decides on keys, shapes and hooks,
+    and gives its own errors.
 
     Args:
-        strict: Missing and unexpected keys are errors.
-        assign: Put the loaded tensors in place of the module's, rather than copying into those.
+        target: An nn.Module; a mapping from names to tensors, which are filled; or anything else
+            with a ``load_state_dict``: optimizers, schedulers, gradient scalers...
+        strict: Missing and unexpected keys are errors. None: as the target has it, which is True
+            for modules and mappings.
+        assign: Put the loaded tensors in place of the target's, rather than copying into those.
+            None: as the target has it, which is False for modules and mappings.
+        prefix, rename, select: As for `load`; for modules and mappings.
+        ignore_mismatched_sizes: Tensors whose shapes differ from the target's are left out rather
+            than being an error. They are among the ``missing_keys`` that are returned, and
+            ``strict`` does not object to them. For modules (which are asked for their
+            ``state_dict()`` first) and mappings.
+        mmap: As for `load`. None: modules and mappings, into which is copied, are filled from the
+            mapped file even where `load` would read, as reading would need memory for the model a
+            second time. With ``assign=True`` as for `load`. Other targets may keep what they are
+            given (optimizers keep the tensors that need neither another dtype nor another device)
+            and get memory of their own, as with ``mmap=False``. Tensors that a module takes as
+            extra state are handed to it as they are.
 
-    Returns a named tuple of ``missing_keys`` and ``unexpected_keys``. Raises what `load` and
-    ``load_state_dict`` raise, and UnsupportedError if the file does not hold a dictionary.
+    What is not in the page cache yet is read ahead of the copy. Parameters stay where they are,
+    whatever device was saved from, and so does an optimizer's state; with ``assign=True``, and for
+    other targets, tensors go where they were saved from, as with `load`.
+
+    Returns what the target's ``load_state_dict`` returns: for modules, and for mappings, a named
+    tuple of ``missing_keys`` and ``unexpected_keys``. Raises what `load` and ``load_state_dict``
+    raise, and UnsupportedError for a target without such a method, or one that does not take what
+    is given here, and if the file does not hold a dictionary for a module or a mapping.
     """
-    is_mapped = True if mmap is None and not assign else mmap
+    into = Target(
+        target, strict=strict, assign=assign, ignore_mismatched_sizes=ignore_mismatched_sizes
+    )
+    rules = _make_rules(prefix, select, rename)
+    if rules and not into.takes_tensors:
+        raise UnsupportedError(
+            "prefix, rename and select give tensors by name, for modules and mappings: for a "
+            f"{type(target).__name__} load the file and pass the part to its load_state_dict()"
+        )
+    if mmap is None:
+        mmap = True if into.copies else None if into.takes_tensors else False
     with open_source(f) as source:
-        reader = fsd.open_reader(source, is_mapped)
+        reader = fsd.open_reader(source, mmap)
+    _verify(reader, "structure")
     # What is copied goes where the target is; what is assigned, where load() would put it.
-    state = _load(reader, None if assign else CPU, "structure")
-    if not isinstance(state, dict):
+    state, numbers = _load(reader, CPU if into.moves else None, pickled.Unpickling(), rules)
+    if into.takes_tensors and not isinstance(state, dict):
         raise UnsupportedError(f"holds a {type(state).__name__}, no state_dict", path=reader.name)
-    if assign:
-        return _load_state(module_or_mapping, state, strict, assign)
-    prefetch = _core.Prefetch(reader)
+    if not into.copies:
+        return into.load(state)
+    prefetch = _core.Prefetch(reader, numbers)
     try:
-        return _load_state(module_or_mapping, state, strict, assign)
+        return into.load(state)
     finally:
         prefetch.stop()
-
-
-def _load_state(target: Any, state: dict[str, Any], strict: bool, assign: bool) -> Any:
-    if isinstance(target, torch.nn.Module):
-        return target.load_state_dict(state, strict=strict, assign=assign)
-    if isinstance(target, MutableMapping):
-        return _load_into_mapping(target, state, strict, assign)
-    raise UnsupportedError(
-        f"cannot load into a {type(target).__name__}: pass a module or a mapping"
-    )
-
-
-def _load_into_mapping(
-    target: MutableMapping[str, torch.Tensor], state: dict[str, Any], strict: bool, assign: bool
-) -> _IncompatibleKeys:
-    """What Module.load_state_dict does, for a mapping; keys and shapes are checked before
-    copying."""
-    missing = [key for key in target if key not in state]
-    unexpected = [key for key in state if key not in target]
-    common = [key for key in target if key in state]
-    problems = []
-    if strict and unexpected:
-        problems.append("Unexpected key(s): " + ", ".join(f'"{key}"' for key in unexpected) + ".")
-    if strict and missing:
-        problems.append("Missing key(s): " + ", ".join(f'"{key}"' for key in missing) + ".")
-    for key in common:
-        if not (isinstance(target[key], torch.Tensor) and isinstance(state[key], torch.Tensor)):
-            problems.append(f"{key} is no tensor in the file and in the mapping.")
-            continue
-        wanted, found = target[key].shape, state[key].shape
-        if wanted != found:
-            problems.append(
-                f"size mismatch for {key}: {found} in the file, {wanted} in the mapping."
-            )
-    if problems:
-        raise RuntimeError("Error(s) in loading into a mapping:\n\t" + "\n\t".join(problems))
-    with torch.no_grad():
-        for key in common:
-            if assign:
-                target[key] = state[key]
-            else:
-                target[key].copy_(state[key])
-    return _IncompatibleKeys(missing, unexpected)
 
 
 def open(f: PathOrFile, device: torch.device | str = CPU, *, mmap: bool | None = None) -> Archive:

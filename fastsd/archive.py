@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from fastsd.errors import ChecksumError, FormatError
 from fastsd.tensors import (
     CPU,
     REQUIRES_GRAD,
+    Loaded,
     StorageRecord,
     TensorRecord,
     apply_flags,
@@ -247,12 +248,18 @@ def _find_shared(reader: _core.Reader) -> frozenset[int]:
     return frozenset(storage for storage, count in Counter(storages).items() if count > 1)
 
 
-def load_tensors(reader: _core.Reader, restore: Restore | None) -> dict[str, torch.Tensor]:
-    """All tensors by name, in the order of the file; ``restore`` as for `rebuild_rest`."""
-    by_name, rest, bases = reader.load(bases_only=restore is not None)
-    if rest:
-        rebuild_rest(reader, by_name, rest, bases, restore)
-    return by_name
+def load_tensors(
+    reader: _core.Reader, restore: Restore | None, numbers: Sequence[int] | None = None
+) -> dict[str, torch.Tensor]:
+    """Tensors by name, in the order of the file: all, or those of ascending numbers.
+
+    Storages without any of them are not read. ``restore`` as for `rebuild_rest`.
+    """
+    loaded = Loaded(*reader.load(restore is not None, numbers))
+    if loaded.rest:
+        all_numbers = range(reader.tensor_count) if numbers is None else numbers
+        rebuild_rest(reader, loaded, all_numbers, restore)
+    return loaded.by_name
 
 
 def verify(reader: _core.Reader) -> Verification:

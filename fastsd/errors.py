@@ -7,6 +7,7 @@ FastsdError
 │   ├── VersionError       written by a newer release, in a way that this one cannot read
 │   └── LimitError         larger than a named limit of the format
 ├── ChecksumError          stored bytes are not what was written
+├── NamesError             prefix, select or rename does not fit the names in the file
 └── UnsupportedError       an object that cannot be saved, or a target that cannot be loaded into
 """
 
@@ -56,5 +57,13 @@ class ChecksumError(FastsdError):
         self.tensors = tensors
 
 
+class NamesError(FastsdError, KeyError):
+    """``prefix`` or ``select`` finds no name in the file, or ``rename`` makes two names one."""
+
+
 class UnsupportedError(FastsdError, TypeError):
     """An object that cannot be saved, or a target that cannot be loaded into."""
+
+
+class NotPlainError(UnsupportedError):
+    """An object that the plain tree cannot hold. Private: `save` then pickles it."""

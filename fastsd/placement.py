@@ -1,10 +1,11 @@
-"""Where storages go: torch's rules for `map_location`."""
+"""Where storages go: torch's rules for `map_location`, and for its modes without data."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
 from torch.serialization import _get_restore_location
 
 from fastsd.archive import Restore
@@ -13,18 +14,49 @@ from fastsd.tensors import CPU
 _STAY = {CPU, "meta"}  # a meta storage has no bytes to move, and torch leaves it where it is
 
 
+def skips_data() -> bool:
+    """Whether torch.serialization.skip_data is on in this thread."""
+    state = getattr(torch.serialization, "_serialization_tls", None)
+    return bool(getattr(state, "skip_data", False))
+
+
 def find_restore(map_location: Any, devices: list[str]) -> Restore | None:
     """What puts a storage, saved from one of ``devices``, where ``map_location`` says.
 
     None: every storage stays in CPU memory, where it is. ``map_location`` as for torch.load: None,
     a string, a torch.device, a dict from saved to wanted devices, or a callable of a CPU storage
-    and the saved device. What it cannot place raises torch's own errors.
+    and the saved device. What it cannot place raises torch's own errors. Under FakeTensorMode and
+    torch.serialization.skip_data storages have the size that was saved and not the data.
     """
+    # Without any mode there is no fake one; asking that first saves 2.5 us of some 15.
+    if torch._C._len_torch_dispatch_stack() > 0 and detect_fake_mode(None) is not None:
+        return _find_fake_restore(map_location)
+    restore: Restore
+    if skips_data():
+        restore = _get_restore_location(map_location)
+        return lambda storage, device: restore(torch.UntypedStorage(storage.nbytes()), device)
     if map_location is None:
         stays = _STAY.issuperset(devices)
     else:
         stays = isinstance(map_location, (str, torch.device)) and str(map_location) == CPU
     if stays:
         return None
-    restore: Restore = _get_restore_location(map_location)
+    restore = _get_restore_location(map_location)
+    return restore
+
+
+def _find_fake_restore(map_location: Any) -> Restore:
+    """Meta storages that say on which device they pretend to be."""
+    if callable(map_location):
+        raise RuntimeError("a callable map_location is not supported under FakeTensorMode")
+
+    def restore(storage: torch.UntypedStorage, device: str) -> torch.UntypedStorage:
+        if isinstance(map_location, dict):
+            device = map_location.get(device, device)
+        elif map_location is not None:
+            device = map_location
+        fake = torch.UntypedStorage(storage.nbytes(), device="meta")
+        fake._fake_device = torch.device(device)
+        return fake
+
     return restore

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 from torch.serialization import location_tag
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastsd import _core
-from fastsd.errors import FormatError, UnsupportedError
+from fastsd.errors import FormatError, NotPlainError, UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     Described = tuple[int | None, int, tuple[int, ...], tuple[int, ...], int, int, int]
 
@@ -104,9 +105,13 @@ class Describer:
         self._kept: list[object] = []
         self._host_copies: dict[tuple[str, int, int], torch.UntypedStorage] = {}
 
-    def __call__(self, name: str, value: torch.Tensor | np.ndarray) -> Described:
+    def __call__(
+        self, name: str, value: torch.Tensor | np.ndarray | torch.UntypedStorage
+    ) -> Described:
         if isinstance(value, np.ndarray):
             return self._describe_array(value)
+        if isinstance(value, torch.UntypedStorage):
+            return self._describe_storage(value)
         return self._describe_tensor(name, value)
 
     def _describe_array(self, array: np.ndarray) -> Described:
@@ -119,8 +124,13 @@ class Describer:
         number = _NUMPY_NUMBERS[array.dtype]
         return (array.ctypes.data, number, array.shape, stride, IS_ARRAY, 0, identity)
 
+    def _describe_storage(self, storage: torch.UntypedStorage) -> Described:
+        """All bytes of a storage in CPU memory."""
+        number = _NUMBERS[torch.uint8]
+        return (storage.data_ptr(), number, (storage.nbytes(),), (1,), 0, 0, id(storage))
+
     def _describe_tensor(self, name: str, tensor: torch.Tensor) -> Described:
-        check_supported(name, tensor)
+        check_plain(name, tensor)
         storage = tensor.untyped_storage()
         device = self._device_number(location_tag(storage))
         address: int | None
@@ -156,8 +166,8 @@ class Describer:
         return self._host_copies[key]
 
 
-def check_supported(name: str, tensor: torch.Tensor) -> None:
-    """Raises UnsupportedError unless the container can hold the tensor."""
+def check_plain(name: str, tensor: torch.Tensor) -> None:
+    """Raises NotPlainError unless the container can hold the tensor without pickle."""
     kind = type(tensor)
     if kind not in (torch.Tensor, torch.nn.Parameter):
         reason = f"is a {kind.__module__}.{kind.__qualname__}, a subclass of torch.Tensor"
@@ -171,7 +181,7 @@ def check_supported(name: str, tensor: torch.Tensor) -> None:
         reason = f"has dtype {tensor.dtype}"
     else:
         return
-    raise UnsupportedError(f'tensor "{name}" {reason}, which fastsd cannot save yet')
+    raise NotPlainError(f'tensor "{name}" {reason}')
 
 
 def check_within_storage(name: str, tensor: torch.Tensor, storage: torch.UntypedStorage) -> None:
@@ -191,7 +201,11 @@ def view_storage(
 ) -> torch.Tensor:
     """A tensor of the record's shape and stride over the storage, which it shares."""
     tensor = torch.empty(0, dtype=dtype, device=storage.device)
-    return tensor.set_(storage, offset, record.shape, record.stride)
+    tensor.set_(storage, offset, record.shape, record.stride)
+    fake_device = getattr(storage, "_fake_device", None)
+    if fake_device is not None:
+        tensor.fake_device = fake_device  # type: ignore[attr-defined]
+    return tensor
 
 
 def apply_flags(name: str, tensor: torch.Tensor, flags: int) -> torch.Tensor:
@@ -210,26 +224,38 @@ def apply_flags(name: str, tensor: torch.Tensor, flags: int) -> torch.Tensor:
     return tensor.requires_grad_() if requires_grad else tensor
 
 
+class Loaded(NamedTuple):
+    """What the core has made: tensors by name, None for those of the numbers in ``rest``.
+
+    ``bases`` holds, by number, all bytes of each storage that the rest lies in.
+    """
+
+    by_name: dict[str, torch.Tensor]
+    rest: list[int]
+    bases: dict[int, torch.Tensor]
+
+
 def rebuild_rest(
     reader: _core.Reader,
-    by_name: dict[str, torch.Tensor],
-    rest: list[int],
-    bases: dict[int, torch.Tensor],
+    loaded: Loaded,
+    numbers: Iterable[int],
     restore: Callable[[torch.UntypedStorage, str], torch.UntypedStorage] | None,
 ) -> None:
-    """Fills in the tensors of ``by_name`` that the core has left to Python, by their numbers.
+    """Fills in the tensors that the core has left to Python.
 
-    ``bases`` holds all bytes of each storage they lie in; ``restore`` puts such a storage, saved
-    from the given device, where it belongs (None: it stays). Tensors that shared a storage share
-    it again.
+    ``numbers`` are those of all that were loaded, ascending. ``restore`` puts a storage, saved from
+    the given device, where it belongs (None: it stays). Tensors that shared a storage share it
+    again.
     """
-    names = list(by_name)
+    by_name, rest, bases = loaded
+    names = dict(zip(numbers, by_name, strict=True))
     storages: dict[int, torch.UntypedStorage] = {}
     for number in rest:
         name = names[number]
         record = TensorRecord(*reader.tensor(number))
-        if record.same_as != number:
-            by_name[name] = by_name[names[record.same_as]]
+        original = names.setdefault(record.same_as, name)  # or the first that is wanted
+        if original != name:
+            by_name[name] = by_name[original]
             continue
         dtype = dtype_of(record.dtype)
         stored = StorageRecord(*reader.storage(record.storage))
@@ -237,9 +263,15 @@ def rebuild_rest(
             tensor = torch.empty_strided(record.shape, record.stride, dtype=dtype, device="meta")
         else:
             storage = bases[record.storage].untyped_storage()
-            if restore is not None and not record.flags & IS_ARRAY:
-                if record.storage not in storages:
-                    storages[record.storage] = restore(storage, stored.device)
-                storage = storages[record.storage]
-            tensor = view_storage(storage, dtype, record.storage_offset, record)
+            if record.flags & IS_ARRAY:
+                with _disable_current_modes():  # arrays are never fake
+                    tensor = view_storage(storage, dtype, record.storage_offset, record)
+            else:
+                if restore is not None:
+                    if record.storage not in storages:
+                        storages[record.storage] = restore(storage, stored.device)
+                    storage = storages[record.storage]
+                    if storage.device.type == "meta":
+                        storage._checkpoint_offset = stored.offset  # as torch.load does
+                tensor = view_storage(storage, dtype, record.storage_offset, record)
         by_name[name] = apply_flags(name, tensor, record.flags)

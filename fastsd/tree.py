@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastsd.errors import FormatError, UnsupportedError
+from fastsd.errors import FormatError, NotPlainError
 from fastsd.tensors import is_numpy_native
 
 _INT_MAX = 2**53 - 1  # what every JSON reader keeps exact
+_NAME_BYTES_MAX = 65536  # docs/FORMAT.md, "Tensors"
+_NAME_CHARACTERS_MAX = 10_000  # which never take more than that, backslashes included
 _TENSOR_TYPES = {torch.Tensor, torch.nn.Parameter}
 
 
@@ -47,11 +49,11 @@ class Flat(NamedTuple):
 
 
 def flatten(obj: object) -> Flat:
-    """Takes an object apart. Raises UnsupportedError, naming the place, for what is not plain."""
+    """Takes an object apart. Raises NotPlainError, naming the place, for what is not plain."""
     try:
         return _flatten_dict(obj) or _flatten_tree(obj)
     except RecursionError:
-        raise UnsupportedError("the object is nested too deeply") from None
+        raise NotPlainError("the object is nested too deeply") from None
 
 
 def _flatten_dict(obj: object) -> Flat | None:
@@ -64,6 +66,7 @@ def _flatten_dict(obj: object) -> Flat | None:
         and set(map(type, names)) <= {str}
         and not any(map(attrgetter("__dict__"), values))
         and _are_utf8(names)
+        and _are_short(names)
     )
     attributes = getattr(obj, "__dict__", {})
     if not is_flat or attributes.keys() - {"_metadata"}:
@@ -81,6 +84,11 @@ def _are_utf8(names: Iterable[str]) -> bool:
         return "".join(names).encode() is not None
     except UnicodeEncodeError:  # a surrogate
         return False
+
+
+def _are_short(names: list[str]) -> bool:
+    long = max(map(len, names), default=0) > _NAME_CHARACTERS_MAX
+    return not long or max(len(name.encode()) for name in names) <= _NAME_BYTES_MAX
 
 
 def _encode_state_metadata(metadata: object) -> bytes | None:
@@ -142,7 +150,7 @@ class _Encoder:
     ) -> Any:
         identity = id(value)
         if identity in self._open:
-            raise UnsupportedError(f"{_place(path)} contains itself")
+            raise NotPlainError(f"{_place(path)} contains itself")
         if self._is_in_key:
             return encode(self, value, path)
         if identity in self._seen:
@@ -192,7 +200,7 @@ class _Encoder:
                 ]
             }
         hint = "save its state_dict()" if isinstance(value, torch.nn.Module) else None
-        raise UnsupportedError(
+        raise NotPlainError(
             f"{_place(path)} is a {module}.{type(value).__qualname__}, which is not plain data"
             + (f": {hint}" if hint else "")
         )
@@ -231,7 +239,7 @@ class _Encoder:
 
     def _encode_size(self, value: torch.Size, path: str) -> Any:
         if any(n < 0 for n in value):
-            raise UnsupportedError(f"{_place(path)} is {value}, with a negative size")
+            raise NotPlainError(f"{_place(path)} is {value}, with a negative size")
         return {"$Size": [int(n) for n in value]}
 
     def _encode_dict(self, value: dict[Any, Any], path: str) -> Any:
@@ -267,7 +275,7 @@ class _Encoder:
         return {"$ndarray": [self._add(raw, path), dtype, list(value.shape)]}
 
     def _add(self, value: torch.Tensor | np.ndarray, path: str) -> int:
-        name = path.encode("utf-8", "backslashreplace").decode() or "tensor"
+        name = path[:_NAME_CHARACTERS_MAX].encode("utf-8", "backslashreplace").decode() or "tensor"
         unique, count = name, 1
         while unique in self._used_names:
             count += 1
@@ -302,7 +310,6 @@ _CONTAINERS: dict[type, Callable[[_Encoder, Any, str], Any]] = {
     bytearray: _Encoder._encode_bytearray,
     np.ndarray: _Encoder._encode_array,
 }
-_HAVE_ATTRIBUTES = {OrderedDict, *_TENSOR_TYPES}
 
 
 def _is_special(value: dict[Any, Any]) -> bool:
@@ -334,9 +341,7 @@ def _describe_dtype(dtype: np.dtype[Any], path: str) -> Any:
     ):  # Python objects, overlapping fields, fields out of order
         is_kept = False
     if not is_kept:
-        raise UnsupportedError(
-            f"{_place(path)} has a numpy dtype that cannot be described: {dtype}"
-        )
+        raise NotPlainError(f"{_place(path)} has a numpy dtype that cannot be described: {dtype}")
     return descr
 
 
@@ -345,36 +350,68 @@ def check_attributes(value: Any, attributes: dict[Any, Any]) -> None:
     for name in attributes:
         if type(name) is not str or hasattr(type(value), name):
             kind = type(value).__name__
-            raise UnsupportedError(f"an attribute {name!r} of a {kind} cannot be kept")
+            raise NotPlainError(f"an attribute {name!r} of a {kind} cannot be kept")
 
 
 # ---- To objects ----
 
 
 def restore_flat(
-    by_name: dict[str, torch.Tensor], is_ordered: bool, state_metadata: bytes | None
+    by_name: dict[str, torch.Tensor], is_ordered: bool, metadata: OrderedDict[str, Any] | None
 ) -> dict[str, torch.Tensor]:
-    """The flat dictionary that was saved; ``by_name`` itself where that will do."""
-    if state_metadata is None:
+    """The flat dictionary with its `_metadata`; ``by_name`` itself where that will do."""
+    if metadata is None:
         return OrderedDict(by_name) if is_ordered else by_name
     ordered = OrderedDict(by_name)
-    metadata = _from_json(state_metadata, [], "state_metadata")
+    vars(ordered)["_metadata"] = metadata
+    return ordered
+
+
+def restore_metadata(text: bytes | None) -> OrderedDict[str, Any] | None:
+    """The `_metadata` of a flat dictionary, None if there is none. Raises FormatError."""
+    if text is None:
+        return None
+    metadata = _from_json(text, _Decoder([]), "state_metadata")
     if type(metadata) is not dict:
         raise FormatError("section state_metadata is no JSON object")
-    vars(ordered)["_metadata"] = OrderedDict(metadata)
-    return ordered
+    return OrderedDict(metadata)
 
 
 def restore_tree(text: bytes, tensors: list[torch.Tensor]) -> Any:
     """The object of a tree whose tensors are given. Raises FormatError."""
-    return _from_json(text, tensors, "tree")
+    return _from_json(text, _Decoder(tensors), "tree")
 
 
-def _from_json(text: bytes, tensors: list[torch.Tensor], section: str) -> Any:
+def find_metadata(text: bytes, prefix: str) -> tuple[OrderedDict[str, Any] | None, str]:
+    """The `_metadata` of the state_dict in a tree that a prefix of tensor names leads to.
+
+    Also what is left of the prefix there: modules in that state_dict. No tensor is made. Raises
+    FormatError.
+    """
+    value = _from_json(text, _Outliner(), "tree")
+    while True:
+        metadata = getattr(value, "__dict__", {}).get("_metadata")
+        if type(metadata) is OrderedDict:
+            return metadata, prefix
+        steps = [(f"{key}.", inner) for key, inner in _list_inner(value)]
+        fitting = [step for step in steps if prefix.startswith(step[0])]
+        if not fitting:
+            return None, prefix
+        name, value = max(fitting, key=lambda step: len(step[0]))
+        prefix = prefix[len(name) :]
+
+
+def _list_inner(value: object) -> Iterable[tuple[object, Any]]:
+    if isinstance(value, dict):
+        return ((key, inner) for key, inner in value.items() if type(key) in (str, int))
+    return enumerate(value) if isinstance(value, (list, tuple)) else ()
+
+
+def _from_json(text: bytes, decoder: _Decoder, section: str) -> Any:
     try:
         if b'"$' not in text and b'"\\u0024' not in text:
             return json.loads(text.decode(), parse_constant=_reject_constant)
-        hook = _Decoder(tensors).decode
+        hook = decoder.decode
         return json.loads(text.decode(), object_pairs_hook=hook, parse_constant=_reject_constant)
     except Exception as error:
         # Whatever JSON, numpy or torch raises for a text, or a node, that is not as it must be.
@@ -397,6 +434,7 @@ class _Decoder:
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._tensors = tensors
+        self._decoders = _DECODERS
         self._defined: dict[int, Any] = {}
         self._unhashable: dict[int, Any] = {}  # tuples that share what is in them, by identity
 
@@ -404,7 +442,7 @@ class _Decoder:
         if len(pairs) == 1:
             key, value = pairs[0]
             if key.startswith("$"):
-                return _DECODERS[key](self, value)
+                return self._decoders[key](self, value)
         result = dict(pairs)
         if len(result) != len(pairs):
             raise ValueError("a name occurs twice in an object")
@@ -478,6 +516,24 @@ class _Decoder:
         if array.dtype != np.uint8 or array.ndim != 1:
             raise TypeError(f"expected bytes, found {array.ndim} dimensions of {array.dtype}")
         return _from_bytes(array.tobytes(), _restore_dtype(descr), shape)
+
+
+class _StandIn:
+    """For a tensor, where only what is around it matters."""
+
+
+_HAVE_ATTRIBUTES = {OrderedDict, *_TENSOR_TYPES, _StandIn}
+
+
+class _Outliner(_Decoder):
+    """Gives the values of a tree without its tensors and arrays."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self._decoders = _DECODERS | {
+            "$tensor": lambda *_: _StandIn(),
+            "$ndarray": lambda *_: np.empty(0),
+        }
 
 
 def _restore_dtype(descr: Any) -> np.dtype[Any]:

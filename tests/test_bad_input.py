@@ -1141,7 +1141,7 @@ def test_a_pickle_in_any_place_is_not_run(tmp_path, monkeypatch):
     import pickle
 
     monkeypatch.chdir(tmp_path)
-    code = pickle.dumps(Exploit())
+    code = pickle.dumps(Exploit(), protocol=2)
     text = base64.b64encode(code).decode()
     path = tmp_path / "x"
     path.write_bytes(code)
@@ -1150,9 +1150,14 @@ def test_a_pickle_in_any_place_is_not_run(tmp_path, monkeypatch):
     torch.save(Exploit(), path)
     for call in CALLS.values():
         refusal(path, call)
-    for sections in ([(9, 0, code)], [(9, 0, code), (8, 0, b"{}")]):
+    for sections in ([(9, 0, code)], [(6, 0, b"[]"), (8, 0, b"{}"), (9, 0, code)]):
         path.write_bytes(write(TENSORS, sections))
-        assert len(fastsd.load(path)) == len(TENSORS)
+        with pytest.raises(pickle.UnpicklingError, match="x: Weights only load failed"):
+            fastsd.load(path)
+        with pytest.raises(pickle.UnpicklingError, match="x: Weights only load failed"):
+            fastsd.load_into({}, path)
+        with fastsd.open(path) as f:
+            assert len(f) == len(TENSORS)
     for node in (["|O", text], [[["x", "|O"]], text]):
         path.write_bytes(with_tree({"$numpy": node}))
         refusal(path)

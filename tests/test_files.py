@@ -652,6 +652,16 @@ def test_several_archives_may_be_saved_to_one_file(make):
             assert file.read(7) == b"between"
 
 
+@pytest.mark.parametrize("name", ALL_READERS)
+def test_pickled_objects_and_parts_of_archives_come_from_all_of_them_too(name, path):
+    pickled, state = torch.eye(3).to_sparse(), small_state()
+    content = archive_of(pickled) + archive_of(state) + archive_of(state)
+    with ALL_READERS[name](content, path) as file:
+        assert torch.equal(fastsd.load(file).to_dense(), torch.eye(3))
+        assert_same(fastsd.load(file, select="bias"), OrderedDict(bias=state["bias"]))
+        assert_same(fastsd.load(file), state)
+
+
 def test_the_end_of_a_file_is_an_end_of_file_error():
     """As torch.load has it, and as loops that read several objects expect."""
     for save, load, options in (

@@ -4,7 +4,8 @@ import io
 import os
 import subprocess
 import sys
-from collections import OrderedDict, namedtuple
+import threading
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -13,10 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from same import (
     PLAIN_DTYPES,
-    all_dtypes,
     assert_same,
     filled,
-    is_quantized,
     raw,
     shares_storage,
     small_state,
@@ -71,8 +70,8 @@ def test_any_string_is_a_name(name, round_trip):
 def test_the_longest_name(round_trip):
     state = {"n" * 65536: torch.ones(1)}
     assert_same(round_trip(state), state)
-    with pytest.raises(fastsd.UnsupportedError, match="name of more than 65536 bytes"):
-        round_trip({"n" * 65537: torch.ones(1)})
+    longer = {"n" * 65537: torch.ones(1), "ü" * 40000: torch.zeros(1)}
+    assert_same(round_trip(longer), longer)
 
 
 @pytest.mark.parametrize(
@@ -290,17 +289,6 @@ def test_every_dtype(dtype, round_trip):
         "apart": filled((3,), dtype, seed=2),
     }
     assert_same(round_trip(state), state)
-
-
-@pytest.mark.filterwarnings("ignore:.*quantized tensor creation.*deprecated:UserWarning")
-@pytest.mark.parametrize("dtype", [d for d in all_dtypes() if is_quantized(d)], ids=str)
-def test_quantized_dtypes_are_refused(dtype, path):
-    try:
-        tensor = torch._empty_affine_quantized([4], scale=0.5, zero_point=1, dtype=dtype)
-    except RuntimeError as error:
-        pytest.skip(f"torch cannot make one: {error}")
-    with pytest.raises(fastsd.UnsupportedError, match=r'"layer\.weight"'):
-        fastsd.save({"layer": {"weight": tensor}}, path)
 
 
 Z = torch.tensor([1 + 2j, -3 - 0j, complex("nan")])
@@ -530,83 +518,46 @@ def test_sets_give_the_same_bytes_in_every_process(tmp_path):
 # ---- What is refused ----
 
 
-class Subclass(torch.Tensor):
-    pass
+class Local:
+    """Refuses to be pickled."""
+
+    def __reduce__(self):
+        raise TypeError("no")
 
 
-class ParameterSubclass(nn.Parameter):
-    pass
-
-
-class DictSubclass(dict):
-    pass
-
-
-Point = namedtuple("Point", "x y")
-
-
-def looping():
-    values = [1]
-    values.append({"inner": values})
-    return values
+def error_of(call, *args):
+    try:
+        call(*args)
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
 
 
 REFUSED = {
-    "a sparse tensor": lambda: torch.eye(3).to_sparse(),
-    "a compressed tensor": lambda: torch.eye(3).to_sparse_csr(),
-    "a quantized tensor": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
-    "an mkldnn tensor": lambda: torch.ones(2, 2).to_mkldnn(),
-    "a tensor without memory": lambda: torch._efficientzerotensor((3,)),
-    "a nested tensor": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-    "a jagged tensor": lambda: torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
-    "a tensor subclass": lambda: torch.ones(2).as_subclass(Subclass),
-    "a parameter subclass": lambda: ParameterSubclass(torch.ones(2)),
-    "an uninitialized parameter": nn.UninitializedParameter,
-    "a module": lambda: nn.Linear(2, 2),
-    "an object": object,
-    "a function": lambda: len,
-    "a class": lambda: dict,
-    "a dict subclass": DictSubclass,
-    "a named tuple": lambda: Point(1, 2),
-    "an int subclass": lambda: __import__("enum").IntEnum("Color", "RED").RED,
-    "an array of objects": lambda: np.array([{}, None], dtype=object),
-    "a masked array": lambda: np.ma.masked_array([1, 2], [True, False]),
-    "a storage": lambda: torch.ones(2).untyped_storage(),
-    "a generator": torch.Generator,
-    "a list that contains itself": looping,
+    "a function without a name": lambda: lambda: None,
+    "a lock": threading.Lock,
+    "a generator": lambda: (i for i in range(3)),
+    "an object that refuses": Local,
+    "a scripted module": lambda: torch.jit.script(nn.Linear(1, 1)),
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*quantized tensor creation.*deprecated:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*prototype.*:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*beta state.*:UserWarning")
-@pytest.mark.parametrize("nesting", ["flat", "nested", "existing"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("nesting", ["whole", "flat", "nested", "existing"])
 @pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_saved_is_named_and_leaves_no_file(make, nesting, path, tmp_path):
-    key, obj = "layer.bad", {"good": torch.ones(2), "layer.bad": make()}
+def test_what_torch_cannot_save_is_refused_alike_and_leaves_no_file(make, nesting, path, tmp_path):
+    obj = {"good": torch.ones(2), "layer.bad": make()}
     if nesting == "nested":
-        key, obj = "model.3.bad", {"model": [1, None, 2.5, {"bad": make()}]}
+        obj = {"model": [1, None, 2.5, {"bad": make()}]}
+    if nesting == "whole":
+        obj = make()
     if nesting == "existing":
         path.write_bytes(b"old")
-    with pytest.raises(fastsd.UnsupportedError, match=f'"{key}') as caught:
+    expected = error_of(torch.save, obj, io.BytesIO())
+    with pytest.raises(type(expected)) as caught:
         fastsd.save(obj, path)
-    assert isinstance(caught.value, TypeError)
+    assert str(caught.value) == str(expected)
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"] * (nesting == "existing")
-
-
-@pytest.mark.parametrize(
-    "make", [object, lambda: nn.Linear(1, 1), lambda: torch.eye(2).to_sparse()]
-)
-def test_refused_objects_that_are_the_whole_say_what_they_are(make, path):
-    obj = make()
-    name = type(obj).__name__ if not isinstance(obj, torch.Tensor) else "torch.sparse_coo"
-    with pytest.raises(fastsd.UnsupportedError, match=name):
-        fastsd.save(obj, path)
-
-
-def test_a_module_is_refused_with_advice(path):
-    with pytest.raises(fastsd.UnsupportedError, match=r"state_dict\(\)"):
-        fastsd.save(nn.Linear(1, 1), path)
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 100, 3996])

@@ -1,5 +1,6 @@
 """Plain values and how they nest: all that DESIGN's list names comes back, without a pickle."""
 
+import io
 import re
 import struct
 from collections import OrderedDict
@@ -18,16 +19,6 @@ import fastsd
 def nan(pattern):
     """A float whose 64 bits are the given ones."""
     return struct.unpack(">d", struct.pack(">Q", pattern))[0]
-
-
-def save_or_refuse(obj, path):
-    """The message of the refusal, which leaves no file; None if the object was saved."""
-    try:
-        fastsd.save(obj, path)
-    except fastsd.UnsupportedError as error:
-        assert not path.exists()
-        return str(error)
-    return None
 
 
 VALUES = {
@@ -274,14 +265,10 @@ def test_numpy_dtypes_that_torch_lacks(dtype, round_trip):
     ],
     ids=str,
 )
-def test_structured_numpy_dtypes_come_back_or_are_refused(dtype, path):
-    """What is saved can be loaded: it is too late to find out then."""
+def test_structured_numpy_dtypes_come_back(dtype, path):
     array = np.zeros(3, dtype)
-    refusal = save_or_refuse({"key": [array]}, path)
-    if refusal is None:
-        assert_same(fastsd.load(path), {"key": [array]})
-    else:
-        assert '"key.0"' in refusal
+    fastsd.save({"key": [array]}, path)
+    assert_same(fastsd.load(path, weights_only=False), {"key": [array]})
 
 
 def test_numpy_arrays_are_writable_and_keep_their_strides(round_trip):
@@ -316,13 +303,13 @@ def test_numpy_scalars(scalar, round_trip):
     assert_same(round_trip({"scalar": scalar}), {"scalar": scalar})
 
 
-def test_numpy_strings_of_variable_length_are_refused_or_come_back(round_trip):
+def test_numpy_strings_of_variable_length_come_back(path):
     dtypes = getattr(np, "dtypes", None)
     if not hasattr(dtypes, "StringDType"):
         pytest.skip("this numpy has none")
     array = np.array(["short", "long" * 50], dtype=dtypes.StringDType())
-    with pytest.raises(fastsd.UnsupportedError, match=r'"key\.0"'):
-        round_trip({"key": [array]})
+    fastsd.save({"key": [array]}, path)
+    assert_same(fastsd.load(path, weights_only=False), {"key": [array]})
 
 
 # ---- Torch's named tuples ----
@@ -392,22 +379,17 @@ def test_deeper_nesting_is_loaded_or_was_refused(kind, depth, path):
     obj = 1
     for _ in range(depth):
         obj = kind(obj)
-    refusal = save_or_refuse(obj, path)
-    if refusal is None:
-        loaded = fastsd.load(path)
-        for _ in range(depth):
-            loaded = unwrap(loaded)
-        assert loaded == 1
-    else:
-        assert "nested too deeply" in refusal
-
-
-def test_a_tensor_that_is_its_own_attribute_is_refused(path):
-    tensor = torch.ones(1)
-    tensor.me = [tensor]
-    with pytest.raises(fastsd.UnsupportedError):
-        fastsd.save({"t": tensor}, path)
-    assert not path.exists()
+    try:
+        fastsd.save(obj, path)
+    except RecursionError:  # torch's own answer
+        assert not path.exists()
+        with pytest.raises(RecursionError):
+            torch.save(obj, io.BytesIO())
+        return
+    loaded = fastsd.load(path)
+    for _ in range(depth):
+        loaded = unwrap(loaded)
+    assert loaded == 1
 
 
 def test_many_values(round_trip):

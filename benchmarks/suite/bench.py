@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from cases import Case
 from contenders import SAVERS
 from limits import PAGE_BYTES
-from measure import count_bytes, sync_file, warm_file
+from measure import count_bytes, list_tensors, sync_file, warm_file
 from places import Place
 
 
@@ -47,8 +48,8 @@ class Workshop:
         self._folder: Path | None = None
         self._files: dict[str, Path] = {}
         self._model: nn.Module | None = None
-        self.state: dict[str, Tensor] = {}
-        self.size = 0
+        self.state: Any = None
+        self.count = self.size = 0
 
     def enter(self, spec: Spec) -> None:
         """Make the dictionary that ``spec`` needs, after clearing up behind the last one."""
@@ -57,15 +58,16 @@ class Workshop:
         self.close()
         self._at = (spec.place, spec.case)
         self._folder = Path(tempfile.mkdtemp(prefix="fastsd-bench-", dir=spec.place.path))
-        self.state = spec.case.make_dictionary()
-        self.size = count_bytes(self.state.values())
+        self.state = spec.case.make_state()
+        tensors = list_tensors(self.state)
+        self.count, self.size = len(tensors), count_bytes(tensors)
         freeze_garbage()
 
     def close(self) -> None:
         """Remove files and let go of memory."""
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
-        self._at, self._folder, self._files, self._model, self.state = None, None, {}, None, {}
+        self._at, self._folder, self._files, self._model, self.state = None, None, {}, None, None
         gc.unfreeze()
         gc.collect()
 

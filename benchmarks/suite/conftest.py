@@ -73,7 +73,7 @@ def workshop(warehouse: Workshop, spec: Spec, benchmark: Any) -> Workshop:
         group=spec.group,
         case=spec.case.key,
         title=spec.case.title,
-        tensors=len(warehouse.state),
+        tensors=warehouse.count,
         bytes=warehouse.size,
         place=spec.place.name,
         file_system=spec.place.label,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,7 @@ class Loader:
     """Reads a file of format ``kind``."""
 
     kind: str
-    load: Callable[[Path], State]
+    load: Callable[[Path], Any]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Saver:
     """Writes a file of format ``kind``."""
 
     kind: str
-    save: Callable[[State, Path], object]
+    save: Callable[[Any, Path], object]
 
 
 def save_and_sync(save: Callable[[State, Path], object]) -> Callable[[State, Path], None]:
@@ -63,6 +64,13 @@ LOADERS = {
     # fastsd's other ways, for comparison with its default:
     "fastsd-read": Loader("fsd", lambda path: fastsd.load(path, mmap=False)),
     "fastsd-verify": Loader("fsd", lambda path: fastsd.load(path, verify="checksums")),
+}
+
+# A whole module is code as well as data: whoever loads one must trust it, with both libraries.
+MODULE_LOADERS = {
+    "fastsd": Loader("fsd", lambda path: fastsd.load(path, weights_only=False)),
+    "torch": Loader("pt", lambda path: torch.load(path, weights_only=False)),
+    "torch-mmap": Loader("pt", lambda path: torch.load(path, weights_only=False, mmap=True)),
 }
 
 FILLERS = {

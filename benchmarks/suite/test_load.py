@@ -9,8 +9,8 @@ import pytest
 from torch import nn
 
 from bench import Spec, Workshop
-from cases import CASES, fill_zeros
-from contenders import ASSIGNERS, FILLERS, LOADERS, State
+from cases import DICTIONARIES, fill_zeros
+from contenders import ASSIGNERS, FILLERS, LOADERS, MODULE_LOADERS, Loader, State
 from measure import same_bits, start_afresh, touch
 
 DEFAULTS = ["fastsd", "torch", "torch-mmap", "safetensors"]
@@ -33,14 +33,30 @@ def measure_calls(benchmark: Any, spec: Spec, call: Callable[[], object]) -> Non
     )
 
 
-@pytest.mark.matrix(group="load", cases=list(CASES), contenders=DEFAULTS)
-def test_load_call(spec: Spec, workshop: Workshop, benchmark: Any) -> None:
-    """The call alone: tensors exist afterwards, whether or not their bytes have been read."""
-    loader = LOADERS[spec.contender]
+def measure_load_calls(benchmark: Any, spec: Spec, workshop: Workshop, loader: Loader) -> None:
+    """Time a loader, after checking once that what it gives is what was saved."""
     path = workshop.file(loader.kind)
     if spec.lap == 0:
         assert same_bits(loader.load(path), workshop.state)
     measure_calls(benchmark, spec, lambda: loader.load(path))
+
+
+@pytest.mark.matrix(group="load", cases=DICTIONARIES, contenders=DEFAULTS)
+def test_load_call(spec: Spec, workshop: Workshop, benchmark: Any) -> None:
+    """The call alone: tensors exist afterwards, whether or not their bytes have been read."""
+    measure_load_calls(benchmark, spec, workshop, LOADERS[spec.contender])
+
+
+@pytest.mark.matrix(group="load", cases=["adamw"], contenders=list(MODULE_LOADERS))
+def test_load_call_of_checkpoint(spec: Spec, workshop: Workshop, benchmark: Any) -> None:
+    """The same, of a nested checkpoint, which safetensors has no form for."""
+    measure_load_calls(benchmark, spec, workshop, LOADERS[spec.contender])
+
+
+@pytest.mark.matrix(group="load", cases=["module"], contenders=list(MODULE_LOADERS))
+def test_load_call_of_module(spec: Spec, workshop: Workshop, benchmark: Any) -> None:
+    """The same, of a whole module, which is unpickled."""
+    measure_load_calls(benchmark, spec, workshop, MODULE_LOADERS[spec.contender])
 
 
 @pytest.mark.matrix(group="touch", cases=["big", "1000"], contenders=list(LOADERS))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from bench import Spec, Workshop
-from cases import CASES
-from contenders import DURABLE_SAVERS, LOADERS, SAVERS, Saver
+from cases import DICTIONARIES
+from contenders import DURABLE_SAVERS, LOADERS, MODULE_LOADERS, SAVERS, Saver
 from measure import same_bits, start_afresh
 
 
@@ -34,7 +34,8 @@ def measure_saves(benchmark: Any, spec: Spec, workshop: Workshop, saver: Saver) 
     if spec.lap == 0:
         clear()
         saver.save(workshop.state, path)
-        loader = next(loader for loader in LOADERS.values() if loader.kind == saver.kind)
+        loaders = MODULE_LOADERS if spec.case.key == "module" else LOADERS
+        loader = next(loader for loader in loaders.values() if loader.kind == saver.kind)
         assert same_bits(loader.load(path), workshop.state)
     benchmark.pedantic(
         lambda: saver.save(workshop.state, path),
@@ -45,9 +46,15 @@ def measure_saves(benchmark: Any, spec: Spec, workshop: Workshop, saver: Saver) 
     path.unlink()
 
 
-@pytest.mark.matrix(group="save", cases=list(CASES), contenders=list(SAVERS))
+@pytest.mark.matrix(group="save", cases=DICTIONARIES, contenders=list(SAVERS))
 def test_save(spec: Spec, workshop: Workshop, benchmark: Any) -> None:
     """The bytes are with the operating system afterwards; fastsd computes its checksums."""
+    measure_saves(benchmark, spec, workshop, SAVERS[spec.contender])
+
+
+@pytest.mark.matrix(group="save", cases=["adamw", "module"], contenders=["fastsd", "torch"])
+def test_save_objects(spec: Spec, workshop: Workshop, benchmark: Any) -> None:
+    """The same, of a nested checkpoint and of a whole module, which is pickled."""
     measure_saves(benchmark, spec, workshop, SAVERS[spec.contender])
 
 

@@ -22,6 +22,7 @@ class Section(IntEnum):
     TREE = 6
     STATE_METADATA = 7
     METADATA = 8
+    PICKLE = 9
 
 
 def open_reader(source: Source, mmap: bool | None) -> _core.Reader:

@@ -57,6 +57,10 @@ std::string text(const Bytes& bytes, std::uint64_t count) {
   return {reinterpret_cast<const char*>(bytes.data), count};
 }
 
+std::vector<bool> every_storage(const Reader& reader) {
+  return std::vector<bool>(reader.index().storages.size(), true);
+}
+
 Failure failure_of_reading(const std::string& path) {
   try {
     const Reader reader(path, Access::kRead);
@@ -77,7 +81,7 @@ TEST(reader_maps_and_reads_the_same) {
     const Reader reader(path, access);
     CHECK(access == Access::kAuto || (reader.mapping() != nullptr) == (access == Access::kMap));
     CHECK(reader.header().preamble().file_bytes == file.size());
-    const std::vector<Bytes> all = reader.all_bytes(nullptr);
+    const std::vector<Bytes> all = reader.bytes_of(every_storage(reader), nullptr);
     if (!CHECK(all.size() == reader.index().storages.size())) return;
     for (std::size_t i = 0; i < all.size(); ++i) {
       const StorageRecord& storage = reader.index().storages[i];
@@ -92,6 +96,42 @@ TEST(reader_maps_and_reads_the_same) {
   }
 }
 
+TEST(reader_gives_the_bytes_of_some_storages) {
+  const Folder folder;
+  const std::string path = folder.path("f");
+  sample().write(path);
+  const std::string file = read_whole(path);
+  for (const Access access : {Access::kMap, Access::kRead}) {
+    const Reader reader(path, access);
+    for (const std::size_t step : {2U, 3U, 7U, 1000U}) {
+      std::vector<bool> is_wanted(reader.index().storages.size());
+      for (std::size_t i = step - 2; i < is_wanted.size(); i += step) is_wanted[i] = true;
+      const std::vector<Bytes> some = reader.bytes_of(is_wanted, nullptr);
+      if (!CHECK(some.size() == is_wanted.size())) return;
+      for (std::size_t i = 0; i < some.size(); ++i) {
+        CHECK((some[i].owner != nullptr) == is_wanted[i]);
+        const StorageRecord& storage = reader.index().storages[i];
+        const std::uint64_t bytes = is_wanted[i] ? stored_bytes(storage) : 0;
+        CHECK(text(some[i], bytes) == file.substr(bytes > 0 ? storage.offset : 0, bytes));
+      }
+    }
+  }
+}
+
+TEST(reader_reads_only_what_is_wanted) {
+  const Folder folder;
+  const std::string path = folder.path("f");
+  sample().write(path);
+  const Reader reader(path, Access::kRead);
+  std::vector<bool> is_wanted = every_storage(reader);
+  is_wanted.back() = false;
+  const StorageRecord& last = reader.index().storages[is_wanted.size() - 1];
+  // Whoever reads the last one now fails.
+  CHECK(::truncate(path.c_str(), static_cast<off_t>(last.offset)) == 0);
+  CHECK(reader.bytes_of(is_wanted, nullptr).size() == is_wanted.size());
+  CHECK_THROWS(reader.bytes_of(every_storage(reader), nullptr), Failure::kTruncated);
+}
+
 TEST(reader_gives_bytes_that_outlive_it) {
   const Folder folder;
   const std::string path = folder.path("f");
@@ -100,7 +140,7 @@ TEST(reader_gives_bytes_that_outlive_it) {
     std::vector<Bytes> all;
     {
       const Reader reader(path, access);
-      all = reader.all_bytes(nullptr);
+      all = reader.bytes_of(every_storage(reader), nullptr);
     }
     all[0].data[0] ^= std::byte{1};  // and may be written to, without the file changing
     CHECK(text(all[0], 2) != read_whole(path).substr(4096, 2) || access == Access::kRead);
@@ -133,7 +173,7 @@ class StringStream {
 };
 
 void check_same_bytes(const Reader& reader, const std::string& archive) {
-  const std::vector<Bytes> all = reader.all_bytes(nullptr);
+  const std::vector<Bytes> all = reader.bytes_of(every_storage(reader), nullptr);
   if (!CHECK(all.size() == reader.index().storages.size())) return;
   for (std::size_t i = 0; i < all.size(); ++i) {
     const StorageRecord& storage = reader.index().storages[i];
@@ -164,7 +204,7 @@ TEST(reader_reads_archives_that_start_anywhere) {
         CHECK(text(reader.bytes(0, 7, 9, nullptr), 2) == archive.substr(header_bytes + 7, 2));
         CHECK(reader.find_damage(nullptr).empty());
         check_same_bytes(reader, archive);
-        Prefetch prefetch(reader);
+        const Prefetch prefetch(reader, every_storage(reader));
       }
     }
   }
@@ -197,7 +237,8 @@ TEST(reader_gives_bytes_of_a_stream_that_outlive_it) {
   std::vector<Bytes> all;
   {
     StringStream stream(archive);
-    all = Reader(stream.read_some(), "stream", 0, UINT64_MAX).all_bytes(nullptr);
+    const Reader reader(stream.read_some(), "stream", 0, UINT64_MAX);
+    all = reader.bytes_of(every_storage(reader), nullptr);
   }
   const Bytes last = all.back();
   all.clear();  // gives the memory of the others back
@@ -252,6 +293,20 @@ TEST(reader_stops_reading_a_stream_that_is_wrong) {
   CHECK(position_after(Failure::kVersion) == sizeof(Preamble));
   archive[0] ^= 1;
   CHECK(position_after(Failure::kFormat) == sizeof(Preamble));
+}
+
+TEST(reader_gives_some_storages_of_a_stream) {
+  const Folder folder;
+  const std::string path = folder.path("f");
+  sample().write(path);
+  const std::string archive = read_whole(path);
+  StringStream stream(archive);
+  const Reader reader(stream.read_some(), "stream", 0, UINT64_MAX);
+  std::vector<bool> is_wanted = every_storage(reader);
+  is_wanted.front() = false;
+  const std::vector<Bytes> some = reader.bytes_of(is_wanted, nullptr);
+  CHECK(some.front().owner == nullptr);
+  CHECK(text(some.back(), 300000) == archive.substr(archive.size() - 300000));
 }
 
 // Headers come with one read if they are small, and with two if not.
@@ -368,7 +423,7 @@ TEST(reader_tells_when_the_file_shrank) {
   const Reader mapped(path, Access::kMap);
   const Reader reading(path, Access::kRead);
   CHECK(::truncate(path.c_str(), 1 << 20) == 0);
-  CHECK_THROWS(reading.all_bytes(nullptr), Failure::kTruncated);
+  CHECK_THROWS(reading.bytes_of(every_storage(reading), nullptr), Failure::kTruncated);
   CHECK_THROWS(reading.bytes(0, 0, 2 << 20, nullptr), Failure::kTruncated);
   CHECK_THROWS(mapped.find_damage(nullptr), Failure::kTruncated);
 }
@@ -381,8 +436,8 @@ TEST(prefetch_may_be_stopped_at_any_time) {
     const Reader reader(path, access);
     // Out of the page cache, or there is nothing to do.
     CHECK(::posix_fadvise(reader.file().descriptor(), 0, 0, POSIX_FADV_DONTNEED) == 0);
-    Prefetch prefetch(reader);
-    const Prefetch other(reader);
+    Prefetch prefetch(reader, every_storage(reader));
+    const Prefetch other(reader, std::vector<bool>(reader.index().storages.size()));
     prefetch.stop();
     prefetch.stop();
     CHECK(reader.find_damage(nullptr).empty());

@@ -1,0 +1,255 @@
+"""Objects that are not plain data: torch's own pickle stream, over the container's storages.
+
+torch.save's stream (`data.pkl` in its zip files) names storages by keys and holds everything else.
+torch writes and reads it here too, `weights_only` and `map_location` included; only the records go
+elsewhere: the stream to a section of the header, each storage, whole, to one of the container's.
+That it may be asked to is private to torch (`torch.serialization._save` and `_load`), the same in
+every release since 2.1, and tested.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import _weights_only_unpickler, serialization
+
+from fastsd import _core
+from fastsd.archive import load_tensors
+from fastsd.errors import FormatError
+from fastsd.names import NameRules
+from fastsd.tensors import CPU, StorageRecord, TensorRecord
+
+_STREAM = "data.pkl"
+_STORAGE = "data/"
+
+
+class Pickled(NamedTuple):
+    """An object as the container holds it: the stream, and the storages it names, by key."""
+
+    stream: bytes
+    storages: dict[str, torch.UntypedStorage]
+
+
+def dump(obj: object, pickle_module: Any, pickle_protocol: int | None) -> Pickled:
+    """Pickles an object as torch.save does; raises what it raises.
+
+    Storages in CPU memory are shared with the object, others copied.
+    """
+    module = pickle if pickle_module is None else pickle_module
+    protocol = serialization.DEFAULT_PROTOCOL if pickle_protocol is None else pickle_protocol
+    serialization._check_dill_version(module)
+    recorder = _Recorder()
+    serialization._save(obj, recorder, module, protocol, False)
+    return Pickled(recorder.stream, recorder.storages)
+
+
+class _Recorder:
+    """What torch takes for a zip file to write to."""
+
+    def __init__(self) -> None:
+        self.stream = b""
+        self.storages: dict[str, torch.UntypedStorage] = {}
+
+    def write_record(self, name: str, data: Any, nbytes: int) -> None:
+        if name == _STREAM:
+            self.stream = data
+        elif name.startswith(_STORAGE):
+            self.storages[name.removeprefix(_STORAGE)] = data
+
+    def write_record_metadata(self, name: str, nbytes: int) -> None:
+        """Under torch.serialization.skip_data: room for the bytes, which are zero."""
+        self.storages[name.removeprefix(_STORAGE)] = _make_zeros(nbytes)
+
+
+def _make_zeros(nbytes: int) -> torch.UntypedStorage:
+    # Anonymous memory takes no room as long as it is only read.
+    if nbytes == 0:
+        return torch.UntypedStorage(0)
+    zeros = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    return zeros.untyped_storage()
+
+
+class Unpickling(NamedTuple):
+    """How a stream may be read: the arguments of torch.load of these names."""
+
+    weights_only: bool | None = None
+    pickle_module: Any = None
+    load_args: Mapping[str, Any] = MappingProxyType({})
+
+    def check(self) -> None:
+        """Raises RuntimeError where torch.load does, whatever is in the file."""
+        if self.weights_only and self.pickle_module is not None:
+            raise RuntimeError(
+                "Can not safely load weights when explicit pickle_module is specified"
+            )
+
+
+def _is_restricted(how: Unpickling) -> bool:
+    """Whether the restricted unpickler reads, by torch.load's rules: the environment may force it
+    either way, but not against an explicit ``weights_only=True``."""
+    must = _is_set("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    must_not = _is_set("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    if must and must_not:
+        raise RuntimeError(
+            "Only one of `TORCH_FORCE_WEIGHTS_ONLY_LOAD` or `TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD` "
+            "should be set, but both were set."
+        )
+    if must:
+        how._replace(weights_only=True).check()
+        return True
+    if how.weights_only is not None:
+        return how.weights_only
+    if must_not:
+        warnings.warn(
+            "Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected, since the "
+            "`weights_only` argument was not explicitly passed to `fastsd.load`, forcing "
+            "weights_only=False.",
+            UserWarning,
+            stacklevel=5,
+        )
+        return False
+    # An explicit pickle module is for what the restricted unpickler cannot read.
+    return how.pickle_module is None
+
+
+def _is_set(variable: str) -> bool:
+    return os.getenv(variable, "0").lower() in ("1", "y", "yes", "true")
+
+
+def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling) -> Any:
+    """The object of a stream; its storages are views of the file, or have been read.
+
+    Raises FormatError where stream and storages disagree, and what torch.load raises.
+    """
+    records = _Records(reader, stream)
+    load_args = {"encoding": "utf-8", **how.load_args}
+    if not _is_restricted(how):
+        module = how.pickle_module or pickle
+        serialization._check_dill_version(module)
+        return serialization._load(records, map_location, module, **load_args)
+    if how.load_args:
+        warnings.warn("pickle_load_args only works if `weights_only=False`.", stacklevel=4)
+    try:
+        return serialization._load(records, map_location, _weights_only_unpickler, **load_args)
+    except pickle.UnpicklingError as error:
+        raise pickle.UnpicklingError(_explain(reader.name, str(error))) from None
+
+
+def choose(obj: object, rules: NameRules, path: str) -> dict[str, torch.Tensor]:
+    """The tensors of an object that rules choose, under their new names, in a flat dictionary.
+
+    Names are the keys on the way to a tensor, joined by dots, as in a file without a pickle. The
+    `_metadata` of the innermost dictionary that the prefix leads into is kept. Raises NamesError.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    holders: dict[str, Mapping[Any, Any]] = {}
+    _collect(obj, "", tensors, holders, set())
+    choice = rules.choose(list(tensors), path)
+    values = list(tensors.values())
+    chosen = OrderedDict(
+        (new, values[i]) for new, i in zip(choice.names, choice.numbers, strict=True)
+    )
+    inner = max((way for way in holders if rules.prefix.startswith(way)), key=len, default=None)
+    if inner is not None:
+        metadata = rules.rename_modules(holders[inner], rules.prefix[len(inner) :])
+        if metadata is not None:
+            vars(chosen)["_metadata"] = metadata
+    return chosen
+
+
+def _collect(
+    obj: object,
+    way: str,
+    tensors: dict[str, torch.Tensor],
+    holders: dict[str, Mapping[Any, Any]],
+    seen: set[int],
+) -> None:
+    """Finds tensors, and dictionaries with `_metadata`, by the way that first leads to them."""
+    if isinstance(obj, torch.Tensor):
+        tensors.setdefault(way.removesuffix("."), obj)
+        return
+    if not isinstance(obj, (Mapping, list, tuple)) or id(obj) in seen:
+        return
+    seen.add(id(obj))
+    metadata = getattr(obj, "_metadata", None)
+    if isinstance(metadata, Mapping):
+        holders[way] = metadata
+    for key, value in obj.items() if isinstance(obj, Mapping) else enumerate(obj):
+        _collect(value, f"{way}{key}.", tensors, holders, seen)
+
+
+_TRUST = (
+    "Pass `weights_only=False` to `fastsd.load` only if you trust the source of the file: loading "
+    "it may then run any code."
+)
+
+
+def _explain(path: str, message: str) -> str:
+    """torch's message, with what can be done about it."""
+    text = f"{path}: Weights only load failed. "
+    if re.search(r"GLOBAL (\S+) was not an allowed global by default", message):
+        text += (
+            "This file can still be loaded; to do so you have two options:\n"
+            f"\t(1) {_TRUST}\n"
+            "\t(2) To keep `weights_only=True`, allow what is missing, as this message says: "
+        )
+    else:
+        text += f"{_TRUST}\n"
+    return f"{text}WeightsUnpickler error: {message}"
+
+
+class _Records:
+    """What torch takes for a zip file to read from."""
+
+    def __init__(self, reader: _core.Reader, stream: bytes) -> None:
+        self._reader = reader
+        self._stream = stream
+        self._tensors: dict[str, torch.Tensor] | None = None
+
+    def has_record(self, name: str) -> bool:
+        return name in ("byteorder", _STREAM)
+
+    def get_record(self, name: str) -> bytes:
+        return b"little" if name == "byteorder" else self._stream
+
+    def get_storage_from_record(self, name: str, nbytes: int, dtype: Any) -> torch.Tensor:
+        """All bytes of a storage, as a tensor whose own storage holds nothing else."""
+        if self._tensors is None:
+            self._tensors = load_tensors(self._reader, None)
+        tensor = self._tensors.get(name.removeprefix(_STORAGE))
+        if tensor is None or tensor.dtype != torch.uint8 or tensor.dim() != 1:
+            raise self._damaged(name, "which is not in the file")
+        if nbytes > tensor.numel():
+            raise self._damaged(name, f"of {nbytes} bytes, which has {tensor.numel()}")
+        storage = tensor.untyped_storage()
+        if storage.nbytes() == nbytes:
+            return tensor
+        # Storages that overlap are one in the file; torch cuts them out of a larger one too.
+        begin = int(tensor.storage_offset())
+        return torch.empty(0, dtype=torch.uint8, device=CPU).set_(storage[begin : begin + nbytes])
+
+    def get_record_offset(self, name: str) -> int:
+        key = name.removeprefix(_STORAGE)
+        names = self._reader.names()
+        if key not in names:
+            raise self._damaged(name, "which is not in the file")
+        record = TensorRecord(*self._reader.tensor(names.index(key)))
+        return StorageRecord(*self._reader.storage(record.storage)).offset + record.storage_offset
+
+    def serialization_id(self) -> str:
+        return ""
+
+    def _damaged(self, name: str, why: str) -> FormatError:
+        key = name.removeprefix(_STORAGE)
+        return FormatError(
+            f"section pickle is damaged: it names a storage {key!r} {why}", path=self._reader.name
+        )

@@ -19,6 +19,7 @@
 #include "error.h"
 #include "file.h"
 #include "format.h"
+#include "json.h"
 #include "plan.h"
 #include "reader.h"
 #include "tensor.h"
@@ -113,6 +114,7 @@ class TensorPlan {
     if (names.size() != tensors.size()) throw py::value_error("as many names as tensors");
     plan_.reserve(names.size());
     std::vector<std::int64_t> dims;
+    bool has_refused = false;
     constexpr std::size_t prefetch_distance = 16;
     for (std::size_t i = 0; i < names.size(); ++i) {
       if (i + prefetch_distance < tensors.size())
@@ -120,7 +122,7 @@ class TensorPlan {
       const py::handle tensor = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
       const std::string_view name = utf8(PyList_GET_ITEM(names.ptr(), static_cast<Py_ssize_t>(i)));
       PlainTensor plain{};
-      if (!describe_plain(tensor.ptr(), &plain)) {
+      if (!describe_plain(tensor.ptr(), &has_refused, &plain)) {
         add_described(plan_, name,
                       describe(py::str(name.data(), name.size()), tensor).cast<Described>());
         continue;
@@ -239,7 +241,7 @@ std::vector<bool> storages_of(const Index& index, const std::vector<std::size_t>
   return marks;
 }
 
-py::tuple load(const Reader& reader, bool bases_only, Numbers wanted) {
+py::tuple load(const Reader& reader, bool is_ordered, bool bases_only, Numbers wanted) {
   const std::vector<std::size_t> numbers = checked_numbers(reader.index(), std::move(wanted));
   std::vector<Bytes> bytes;
   {
@@ -247,7 +249,7 @@ py::tuple load(const Reader& reader, bool bases_only, Numbers wanted) {
     bytes = reader.bytes_of(storages_of(reader.index(), numbers), check_signals);
   }
   LoadedTensors loaded;
-  if (!load_tensors(reader.index(), numbers, bytes, bases_only, &loaded))
+  if (!load_tensors(reader.index(), numbers, bytes, is_ordered, bases_only, &loaded))
     throw py::error_already_set();
   return py::make_tuple(py::reinterpret_steal<py::dict>(loaded.by_name),
                         py::reinterpret_steal<py::list>(loaded.rest),
@@ -351,6 +353,17 @@ void register_checksum(py::module_& module) {
   module.attr("CRC32C_IMPLEMENTATION") = crc32c_implementation();
 }
 
+void register_json(py::module_& module) {
+  module.def(
+      "parse_json",
+      [](const py::bytes& text, const py::list& tensors, const py::object& decode) {
+        PyObject* value = parse_json(text.ptr(), tensors.ptr(), decode.ptr());
+        if (value == nullptr) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(value);
+      },
+      py::arg("text"), py::arg("tensors"), py::arg("decode"));
+}
+
 void register_plan(py::module_& module) {
   py::class_<TensorPlan>(module, "Plan")
       .def(py::init<const py::list&, const py::list&, const py::function&>(), py::arg("names"),
@@ -402,7 +415,8 @@ void register_reader(py::module_& module) {
       .def("names", &tensor_names)
       .def("tensor", &tensor_record, py::arg("number"))
       .def("storage", &storage_record, py::arg("number"))
-      .def("load", &load, py::arg("bases_only"), py::arg("numbers") = py::none())
+      .def("load", &load, py::arg("is_ordered"), py::arg("bases_only"),
+           py::arg("numbers") = py::none())
       .def("base", &load_base, py::arg("storage"), py::arg("begin"), py::arg("end"))
       .def("find_damage", &find_damage);
   py::class_<Prefetch>(module, "Prefetch")
@@ -436,6 +450,7 @@ PYBIND11_MODULE(_core, module) {
       });
   fastsd::register_torch(module);
   fastsd::register_checksum(module);
+  fastsd::register_json(module);
   fastsd::register_plan(module);
   fastsd::register_reader(module);
   fastsd::register_file_systems(module);

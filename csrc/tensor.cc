@@ -2,7 +2,8 @@
 
 #include <memory>
 #include <optional>
-#include <utility>
+
+#include "pyobject.h"
 
 namespace fastsd {
 namespace {
@@ -23,33 +24,6 @@ struct Torch {
   PyObject* storage_offset = nullptr;
 };
 Torch g_torch;
-
-class Reference {
- public:
-  explicit Reference(PyObject* object) : object_(object) {}
-  Reference(const Reference&) = delete;
-  Reference& operator=(const Reference&) = delete;
-  ~Reference() { Py_XDECREF(object_); }
-  PyObject* get() const { return object_; }
-  PyObject* release() { return std::exchange(object_, nullptr); }
-
- private:
-  PyObject* object_;
-};
-
-// Keeps the garbage collector from walking thousands of objects that have only just been made.
-class CollectionPause {
- public:
-  CollectionPause() : was_enabled_(PyGC_Disable() != 0) {}
-  CollectionPause(const CollectionPause&) = delete;
-  CollectionPause& operator=(const CollectionPause&) = delete;
-  ~CollectionPause() {
-    if (was_enabled_) PyGC_Enable();
-  }
-
- private:
-  bool was_enabled_;
-};
 
 // A managed tensor of either kind, with what keeps its memory. Whoever consumes it copies shape and
 // strides, which are therefore only lent.
@@ -229,17 +203,19 @@ PyObject* make_tensor(const Bytes& bytes, const DTypeInfo& dtype, std::uint32_t 
   return make(bytes, dtype, rank, shape, stride);
 }
 
-bool describe_plain(PyObject* tensor, PlainTensor* plain) {
+bool describe_plain(PyObject* tensor, bool* has_refused, PlainTensor* plain) {
   if (g_torch.exchange == nullptr ||
       reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != g_torch.tensor_type ||
-      !gives(tensor, g_torch.is_cpu, Py_True)) {
+      (*has_refused && !gives(tensor, g_torch.is_cpu, Py_True))) {
     return false;
   }
   dlpack::Tensor described{};
   if (g_torch.exchange->dltensor_from_py_object_no_sync(tensor, &described) != 0) {
     PyErr_Clear();
+    *has_refused = true;
     return false;
   }
+  if (described.device.device_type != dlpack::kDeviceCpu) return false;
   const DTypeInfo* dtype = find_dtype(described.dtype);
   if (dtype == nullptr || is_eight_bit_impostor(tensor, *dtype) || !has_no_flags(tensor, *dtype))
     return false;
@@ -252,9 +228,11 @@ bool describe_plain(PyObject* tensor, PlainTensor* plain) {
 }
 
 bool load_tensors(const Index& index, const std::vector<std::size_t>& numbers,
-                  const std::vector<Bytes>& bytes, bool is_all_rest, LoadedTensors* loaded) {
+                  const std::vector<Bytes>& bytes, bool is_ordered, bool is_all_rest,
+                  LoadedTensors* loaded) {
   const CollectionPause pause;
-  Reference by_name(PyDict_New());
+  const auto set_item = is_ordered ? PyODict_SetItem : PyDict_SetItem;
+  Reference by_name(is_ordered ? PyODict_New() : PyDict_New());
   Reference rest(PyList_New(0));
   Reference bases(PyDict_New());
   if (by_name.get() == nullptr || rest.get() == nullptr || bases.get() == nullptr) return false;
@@ -271,8 +249,7 @@ bool load_tensors(const Index& index, const std::vector<std::size_t>& numbers,
                           counts[tensor.storage] == 1 && tensor.flags == 0 &&
                           tensor.storage_offset == 0 && (storage.flags & kStorageHasNoData) == 0;
     if (!is_plain) {
-      if (PyDict_SetItem(by_name.get(), name.get(), Py_None) != 0 ||
-          !append_number(rest.get(), i) ||
+      if (set_item(by_name.get(), name.get(), Py_None) != 0 || !append_number(rest.get(), i) ||
           !add_base(bases.get(), tensor.storage, storage, bytes[tensor.storage])) {
         return false;
       }
@@ -281,7 +258,7 @@ bool load_tensors(const Index& index, const std::vector<std::size_t>& numbers,
     const std::int64_t* shape = index.dims.data() + tensor.dims_offset;
     const Reference object(
         make_tensor(bytes[tensor.storage], dtype, tensor.rank, shape, shape + tensor.rank));
-    if (object.get() == nullptr || PyDict_SetItem(by_name.get(), name.get(), object.get()) != 0)
+    if (object.get() == nullptr || set_item(by_name.get(), name.get(), object.get()) != 0)
       return false;
   }
   *loaded = {by_name.release(), rest.release(), bases.release()};

@@ -43,20 +43,24 @@ struct PlainTensor {
   const std::int64_t* stride;
 };
 
-// Returns whether `tensor` is plain; never leaves an exception set.
-bool describe_plain(PyObject* tensor, PlainTensor* plain);
+// Returns whether `tensor` is plain; never leaves an exception set. `has_refused`, false before the
+// first of many tensors, is carried from one to the next: DLPack takes a millisecond to refuse one,
+// as it does with meta tensors, so that after the first they are asked where they are.
+bool describe_plain(PyObject* tensor, bool* has_refused, PlainTensor* plain);
 
 // What load() starts from: tensors by name, in file order.
 struct LoadedTensors {
-  PyObject* by_name = nullptr;  // dict; None for each tensor listed in `rest`
+  PyObject* by_name = nullptr;  // dict, or OrderedDict; None for each tensor listed in `rest`
   PyObject* rest = nullptr;   // list of tensor numbers that need more than DLPack: those that share
                               // a storage, carry flags, are meta, or have a dtype that DLPack lacks
   PyObject* bases = nullptr;  // dict: storage number -> uint8 tensor of all its bytes, for the rest
 };
 
 // `numbers`: of the tensors to make. `bytes`: of each storage that they lie in, by number.
-// `is_all_rest`: makes no tensor but the bases. Returns false with a Python exception set.
+// `is_ordered`: makes an OrderedDict. `is_all_rest`: makes no tensor but the bases. Returns false
+// with a Python exception set.
 bool load_tensors(const Index& index, const std::vector<std::size_t>& numbers,
-                  const std::vector<Bytes>& bytes, bool is_all_rest, LoadedTensors* loaded);
+                  const std::vector<Bytes>& bytes, bool is_ordered, bool is_all_rest,
+                  LoadedTensors* loaded);
 
 }  // namespace fastsd

@@ -27,6 +27,15 @@ def set_torch(
 def crc32c(data: object, value: int = ...) -> int:
     """CRC32C of a buffer, following bytes whose CRC32C is ``value``."""
 
+def parse_json(text: bytes, tensors: list[Any], decode: Callable[[str, Any], Any] | None) -> Any:
+    """The value of a JSON text, as json.loads gives it. NaN, Infinity and names that occur twice in
+    an object are refused, and so is nesting deeper than 2000.
+
+    An object with one member whose name starts with "$" is a node, innermost first:
+    ``{"$tensor": n}`` is ``tensors[n]``, any other what ``decode(name, value)`` returns; with None
+    there are no nodes. Raises ValueError and RecursionError, with the place in bytes, and what
+    ``decode`` raises. Collecting garbage is paused meanwhile."""
+
 def file_system(path: str | bytes) -> tuple[str, bool]:
     """Name of the file system that holds a file, and whether it is mapped by default."""
 
@@ -118,11 +127,12 @@ class Reader(metaclass=_pybind11_type):
         it has no data)."""
 
     def load(
-        self, bases_only: bool, numbers: Sequence[int] | None = None
+        self, is_ordered: bool, bases_only: bool, numbers: Sequence[int] | None = None
     ) -> tuple[dict[str, torch.Tensor], list[int], dict[int, torch.Tensor]]:
-        """Tensors by name: all, or those of ascending numbers; the numbers of those that are None
-        because they need more than DLPack; and for these, the bytes of each storage they lie in.
-        Only storages of these tensors are read. ``bases_only``: leave all to the caller."""
+        """Tensors by name, in a dict or an OrderedDict: all, or those of ascending numbers; the
+        numbers of those that are None because they need more than DLPack; and for these, the bytes
+        of each storage they lie in. Only storages of these tensors are read. ``bases_only``: leave
+        all to the caller."""
 
     def base(self, storage: int, begin: int, end: int) -> torch.Tensor:
         """Bytes of a storage as a uint8 tensor: a view of the mapping, or freshly read."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import builtins
 import os
+from collections import OrderedDict
 from collections.abc import Mapping, MutableMapping
 from typing import IO, Any, Literal
 
 import torch
 
 from fastsd import _core, pickled, tree
-from fastsd.archive import Archive, load_tensors
+from fastsd.archive import Archive, Restore, load_tensors
 from fastsd.archive import verify as verify_archive
 from fastsd.errors import ChecksumError, FormatError, NotPlainError, UnsupportedError
 from fastsd.files import encode_path, is_path, is_stream_path, open_source, write_stream
@@ -227,37 +228,39 @@ def _load(
     choice = rules.choose(reader.names(), reader.name) if rules else None
     numbers = choice.numbers if choice else None
     try:
-        tensors = load_tensors(reader, find_restore(map_location, reader.devices), numbers)
-        restored = _restore_chosen(reader, tensors, choice) if choice else _restore(reader, tensors)
+        restore = find_restore(map_location, reader.devices)
+        restored = _restore_chosen(reader, restore, choice) if choice else _restore(reader, restore)
     except FormatError as error:
         error.path = reader.name
         raise
     return restored, numbers
 
 
-def _restore(reader: _core.Reader, tensors: dict[str, torch.Tensor]) -> Any:
-    """The plain object that was saved, from its tensors."""
+def _restore(reader: _core.Reader, restore: Restore | None) -> Any:
+    """The plain object that was saved; ``restore`` as for `load_tensors`."""
     text = reader.section(fsd.Section.TREE)
     if text is not None:
-        return tree.restore_tree(text, list(tensors.values()))
-    is_ordered = bool(reader.file_flags & fsd.ROOT_IS_ORDERED_DICT)
+        return tree.restore_tree(text, list(load_tensors(reader, restore).values()))
     metadata = tree.restore_metadata(reader.section(fsd.Section.STATE_METADATA))
-    return tree.restore_flat(tensors, is_ordered, metadata)
+    is_ordered = metadata is not None or bool(reader.file_flags & fsd.ROOT_IS_ORDERED_DICT)
+    return tree.restore_flat(load_tensors(reader, restore, is_ordered=is_ordered), metadata)
 
 
 def _restore_chosen(
-    reader: _core.Reader, tensors: dict[str, torch.Tensor], choice: Choice
+    reader: _core.Reader, restore: Restore | None, choice: Choice
 ) -> dict[str, torch.Tensor]:
     """Chosen tensors under their new names, with the `_metadata` of their modules."""
+    tensors = load_tensors(reader, restore, choice.numbers)
     text = reader.section(fsd.Section.TREE)
     prefix = choice.rules.prefix
     if text is None:
         metadata = tree.restore_metadata(reader.section(fsd.Section.STATE_METADATA))
     else:
-        metadata, prefix = tree.find_metadata(text, prefix)
-    is_ordered = bool(reader.file_flags & fsd.ROOT_IS_ORDERED_DICT)
-    by_name = dict(zip(choice.names, tensors.values(), strict=True))
-    return tree.restore_flat(by_name, is_ordered, choice.rules.rename_modules(metadata, prefix))
+        metadata, prefix = tree.find_metadata(text, prefix, reader.tensor_count)
+    metadata = choice.rules.rename_modules(metadata, prefix)
+    is_ordered = metadata is not None or bool(reader.file_flags & fsd.ROOT_IS_ORDERED_DICT)
+    by_name = zip(choice.names, tensors.values(), strict=True)
+    return tree.restore_flat(OrderedDict(by_name) if is_ordered else dict(by_name), metadata)
 
 
 def load_into(

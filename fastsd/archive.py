@@ -18,6 +18,7 @@ from fastsd.tensors import (
     TensorRecord,
     apply_flags,
     dtype_of,
+    extent_items,
     rebuild_rest,
     view_storage,
 )
@@ -231,10 +232,8 @@ class Archive(Mapping[str, torch.Tensor]):
                 whole = reader.base(number, 0, nbytes).to(self._device)
                 base = self._bases.setdefault(number, whole)  # another thread's, if it was quicker
             return base, 0
-        begin = end = offset * itemsize
-        if 0 not in record.shape:
-            last = sum((n - 1) * s for n, s in zip(record.shape, record.stride, strict=True))
-            end = begin + (last + 1) * itemsize
+        begin = offset * itemsize
+        end = begin + extent_items(record.shape, record.stride) * itemsize
         if end == begin:
             return reader.base(number, 0, 0).to(self._device), begin
         return reader.base(number, begin, end).to(self._device), begin
@@ -249,13 +248,18 @@ def _find_shared(reader: _core.Reader) -> frozenset[int]:
 
 
 def load_tensors(
-    reader: _core.Reader, restore: Restore | None, numbers: Sequence[int] | None = None
+    reader: _core.Reader,
+    restore: Restore | None,
+    numbers: Sequence[int] | None = None,
+    *,
+    is_ordered: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Tensors by name, in the order of the file: all, or those of ascending numbers.
+    """Tensors by name, in the order of the file: all, or those of ascending numbers; in an
+    OrderedDict, if so asked.
 
     Storages without any of them are not read. ``restore`` as for `rebuild_rest`.
     """
-    loaded = Loaded(*reader.load(restore is not None, numbers))
+    loaded = Loaded(*reader.load(is_ordered, restore is not None, numbers))
     if loaded.rest:
         all_numbers = range(reader.tensor_count) if numbers is None else numbers
         rebuild_rest(reader, loaded, all_numbers, restore)

@@ -19,7 +19,7 @@ from fastsd import _core
 from fastsd.errors import FormatError, NotPlainError, UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     Described = tuple[int | None, int, tuple[int, ...], tuple[int, ...], int, int, int]
 
@@ -186,14 +186,19 @@ def check_plain(name: str, tensor: torch.Tensor) -> None:
 
 def check_within_storage(name: str, tensor: torch.Tensor, storage: torch.UntypedStorage) -> None:
     """Raises UnsupportedError for a tensor whose storage was made smaller under it."""
-    if tensor.numel() == 0:
-        return
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
-    if needed > storage.nbytes():
+    extent = extent_items(tensor.shape, tensor.stride())
+    needed = (tensor.storage_offset() + extent) * tensor.itemsize
+    if extent > 0 and needed > storage.nbytes():
         raise UnsupportedError(
             f'tensor "{name}" needs {needed} bytes of a storage of {storage.nbytes()} bytes'
         )
+
+
+def extent_items(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """How many items a strided view reaches over, from its first to its last."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
 
 
 def view_storage(

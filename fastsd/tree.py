@@ -22,9 +22,11 @@ import numpy as np
 import torch
 
 from fastsd.errors import FormatError, NotPlainError
+from fastsd.formats.fsd import Section, decode_json
 from fastsd.tensors import is_numpy_native
 
 _INT_MAX = 2**53 - 1  # what every JSON reader keeps exact
+_DEPTH_MAX = 250  # of containers: each is up to seven deep in JSON, of which 2000 can be read
 _NAME_BYTES_MAX = 65536  # docs/FORMAT.md, "Tensors"
 _NAME_CHARACTERS_MAX = 10_000  # which never take more than that, backslashes included
 _TENSOR_TYPES = {torch.Tensor, torch.nn.Parameter}
@@ -118,7 +120,8 @@ def _flatten_tree(obj: object) -> Flat:
 
 
 def _to_json(node: object) -> bytes:
-    return json.dumps(node, separators=(",", ":"), allow_nan=False).encode()
+    # Nodes are fresh, and none holds itself.
+    return json.dumps(node, check_circular=False, separators=(",", ":"), allow_nan=False).encode()
 
 
 class _Encoder:
@@ -135,9 +138,9 @@ class _Encoder:
         self._is_in_key = False
 
     def encode(self, value: Any, path: str) -> Any:
-        kind = type(value)
-        if kind is bool or value is None or (kind is str and value.isascii()):
+        if _is_literal(value):
             return value
+        kind = type(value)
         encode = _ENCODERS.get(kind)
         if encode is not None:
             return encode(self, value, path)
@@ -151,6 +154,8 @@ class _Encoder:
         identity = id(value)
         if identity in self._open:
             raise NotPlainError(f"{_place(path)} contains itself")
+        if len(self._open) == _DEPTH_MAX:
+            raise NotPlainError(f"{_place(path)} is nested too deeply")
         if self._is_in_key:
             return encode(self, value, path)
         if identity in self._seen:
@@ -212,10 +217,10 @@ class _Encoder:
         return {"$str": _base64(value.encode("utf-8", "surrogatepass"))}
 
     def _encode_int(self, value: int, path: str) -> Any:
-        return value if -_INT_MAX <= value <= _INT_MAX else {"$int": hex(value)}
+        return {"$int": hex(value)}
 
     def _encode_float(self, value: float, path: str) -> Any:
-        return value if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
+        return {"$float": struct.pack(">d", value).hex()}
 
     def _encode_complex(self, value: complex, path: str) -> Any:
         parts = value.real, value.imag
@@ -232,7 +237,9 @@ class _Encoder:
         return {"$" + type(value).__name__: str(value).removeprefix("torch.")}
 
     def _encode_list(self, value: list[Any], path: str) -> Any:
-        return [self.encode(v, _join(path, i)) for i, v in enumerate(value)]
+        return [
+            v if _is_literal(v) else self.encode(v, _join(path, i)) for i, v in enumerate(value)
+        ]
 
     def _encode_tuple(self, value: tuple[Any, ...], path: str) -> Any:
         return {"$tuple": [self.encode(v, _join(path, i)) for i, v in enumerate(value)]}
@@ -253,7 +260,10 @@ class _Encoder:
     def _encode_items(self, value: dict[Any, Any], path: str) -> Any:
         """A JSON object where that is unambiguous, else a list of pairs."""
         if set(map(type, value)) <= {str} and not _is_special(value) and _are_utf8(value):
-            return {key: self.encode(v, _join(path, key)) for key, v in value.items()}
+            return {
+                key: v if _is_literal(v) else self.encode(v, _join(path, key))
+                for key, v in value.items()
+            }
         return [
             [self._encode_key(key, path), self.encode(v, _join(path, key))]
             for key, v in value.items()
@@ -312,6 +322,17 @@ _CONTAINERS: dict[type, Callable[[_Encoder, Any, str], Any]] = {
 }
 
 
+def _is_literal(value: Any) -> bool:
+    """Whether JSON has the value; quick, as most values of a tree are such."""
+    kind = type(value)
+    if kind is float:
+        return math.isfinite(value)
+    if kind is int:
+        is_small: bool = -_INT_MAX <= value <= _INT_MAX
+        return is_small
+    return kind is bool or value is None or (kind is str and value.isascii())
+
+
 def _is_special(value: dict[Any, Any]) -> bool:
     return len(value) == 1 and next(iter(value)).startswith("$")
 
@@ -357,21 +378,19 @@ def check_attributes(value: Any, attributes: dict[Any, Any]) -> None:
 
 
 def restore_flat(
-    by_name: dict[str, torch.Tensor], is_ordered: bool, metadata: OrderedDict[str, Any] | None
+    by_name: dict[str, torch.Tensor], metadata: OrderedDict[str, Any] | None
 ) -> dict[str, torch.Tensor]:
-    """The flat dictionary with its `_metadata`; ``by_name`` itself where that will do."""
-    if metadata is None:
-        return OrderedDict(by_name) if is_ordered else by_name
-    ordered = OrderedDict(by_name)
-    vars(ordered)["_metadata"] = metadata
-    return ordered
+    """``by_name`` itself, an OrderedDict if there is `_metadata`, which it then has."""
+    if metadata is not None:
+        vars(by_name)["_metadata"] = metadata
+    return by_name
 
 
 def restore_metadata(text: bytes | None) -> OrderedDict[str, Any] | None:
     """The `_metadata` of a flat dictionary, None if there is none. Raises FormatError."""
     if text is None:
         return None
-    metadata = _from_json(text, _Decoder([]), "state_metadata")
+    metadata = decode_json(text, Section.STATE_METADATA, [], _Decoder([]).decode)
     if type(metadata) is not dict:
         raise FormatError("section state_metadata is no JSON object")
     return OrderedDict(metadata)
@@ -379,16 +398,19 @@ def restore_metadata(text: bytes | None) -> OrderedDict[str, Any] | None:
 
 def restore_tree(text: bytes, tensors: list[torch.Tensor]) -> Any:
     """The object of a tree whose tensors are given. Raises FormatError."""
-    return _from_json(text, _Decoder(tensors), "tree")
+    return decode_json(text, Section.TREE, tensors, _Decoder(tensors).decode)
 
 
-def find_metadata(text: bytes, prefix: str) -> tuple[OrderedDict[str, Any] | None, str]:
+def find_metadata(
+    text: bytes, prefix: str, tensor_count: int
+) -> tuple[OrderedDict[str, Any] | None, str]:
     """The `_metadata` of the state_dict in a tree that a prefix of tensor names leads to.
 
     Also what is left of the prefix there: modules in that state_dict. No tensor is made. Raises
     FormatError.
     """
-    value = _from_json(text, _Outliner(), "tree")
+    stand_ins = [_StandIn() for _ in range(tensor_count)]
+    value = decode_json(text, Section.TREE, stand_ins, _Outliner().decode)
     while True:
         metadata = getattr(value, "__dict__", {}).get("_metadata")
         if type(metadata) is OrderedDict:
@@ -407,22 +429,6 @@ def _list_inner(value: object) -> Iterable[tuple[object, Any]]:
     return enumerate(value) if isinstance(value, (list, tuple)) else ()
 
 
-def _from_json(text: bytes, decoder: _Decoder, section: str) -> Any:
-    try:
-        if b'"$' not in text and b'"\\u0024' not in text:
-            return json.loads(text.decode(), parse_constant=_reject_constant)
-        hook = decoder.decode
-        return json.loads(text.decode(), object_pairs_hook=hook, parse_constant=_reject_constant)
-    except Exception as error:
-        # Whatever JSON, numpy or torch raises for a text, or a node, that is not as it must be.
-        detail = f"section {section} is damaged: {type(error).__name__}: {error}"
-        raise FormatError(detail) from error
-
-
-def _reject_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
 def _expect(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
@@ -430,7 +436,10 @@ def _expect(value: Any, kind: type) -> Any:
 
 
 class _Decoder:
-    """Turns the objects of the tree into values, innermost first, as the JSON parser meets them."""
+    """Turns the nodes of the tree into values, innermost first, as the JSON parser meets them.
+
+    `$tensor` is not among them: the parser finds the tensor itself.
+    """
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._tensors = tensors
@@ -438,15 +447,8 @@ class _Decoder:
         self._defined: dict[int, Any] = {}
         self._unhashable: dict[int, Any] = {}  # tuples that share what is in them, by identity
 
-    def decode(self, pairs: list[tuple[str, Any]]) -> Any:
-        if len(pairs) == 1:
-            key, value = pairs[0]
-            if key.startswith("$"):
-                return self._decoders[key](self, value)
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("a name occurs twice in an object")
-        return result
+    def decode(self, name: str, value: Any) -> Any:
+        return self._decoders[name](self, value)
 
     def _decode_def(self, node: Any) -> Any:
         number, value = _expect(node, list)
@@ -530,10 +532,7 @@ class _Outliner(_Decoder):
 
     def __init__(self) -> None:
         super().__init__([])
-        self._decoders = _DECODERS | {
-            "$tensor": lambda *_: _StandIn(),
-            "$ndarray": lambda *_: np.empty(0),
-        }
+        self._decoders = _DECODERS | {"$ndarray": lambda *_: np.empty(0)}
 
 
 def _restore_dtype(descr: Any) -> np.dtype[Any]:
@@ -615,7 +614,6 @@ _DECODERS: dict[str, Callable[[_Decoder, Any], Any]] = {
     "$def": _Decoder._decode_def,
     "$ref": _Decoder._decode_ref,
     "$attributes": _Decoder._decode_attributes,
-    "$tensor": _Decoder._decode_tensor,
     "$ndarray": _Decoder._decode_array,
     "$numpy": _to_scalar,
     "$str": lambda _, text: _to_bytes(text).decode("utf-8", "surrogatepass"),

@@ -25,8 +25,10 @@ CPP_ALLOWED: dict[str, set[str]] = {
     "plan": {"format", "strided", "dtype"},
     "writer": {"plan", "format", "file", "checksum", "workers"},
     "reader": {"format", "file", "checksum", "workers"},
-    "tensor": {"format", "file", "dtype"},
-    "bindings": {"writer", "reader", "tensor"},
+    "pyobject": set(),
+    "json": {"pyobject"},
+    "tensor": {"format", "file", "dtype", "pyobject"},
+    "bindings": {"writer", "reader", "json", "tensor"},
 }
 # The only parts that may include pybind11.
 CPP_PYBIND11 = {"bindings"}

@@ -256,16 +256,16 @@ def test_only_chosen_tensors_are_made(path):
     fastsd.save({f"t{i}": torch.full((2,), float(i)) for i in range(100)}, path)
     reader = _core.Reader(str(path), str(path), None)
     for bases_only in (False, True):
-        by_name, rest, bases = reader.load(bases_only, [3, 77])
+        by_name, rest, bases = reader.load(False, bases_only, [3, 77])
         assert list(by_name) == ["t3", "t77"]
         assert rest == ([3, 77] if bases_only else [])
         assert list(bases) == rest
-    assert reader.load(False, [])[0] == {}
+    assert reader.load(False, False, [])[0] == {}
     for numbers in ([77, 3], [3, 3]):
         with pytest.raises(ValueError, match="ascend"):
-            reader.load(False, numbers)
+            reader.load(False, False, numbers)
     with pytest.raises(IndexError, match="100"):
-        reader.load(False, [3, 100])
+        reader.load(False, False, [3, 100])
 
 
 def bytes_read():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
@@ -83,11 +84,27 @@ def decode_metadata(reader: _core.Reader) -> dict[str, str]:
     text = reader.section(Section.METADATA)
     if text is None:
         return {}
-    try:
-        metadata: Any = json.loads(text.decode())
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"section metadata is no JSON: {error}", path=reader.name) from error
+    metadata = decode_json(text, Section.METADATA, path=reader.name)
     is_strings = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
     if not is_strings:
         raise FormatError("section metadata does not map strings to strings", path=reader.name)
     return dict(metadata)
+
+
+def decode_json(
+    text: bytes,
+    section: Section,
+    tensors: list[Any] | None = None,
+    decode: Callable[[str, Any], Any] | None = None,
+    path: str = "",
+) -> Any:
+    """The value of a section, with ``decode`` for its nodes (see `_core.parse_json`).
+
+    Raises FormatError, which names ``path``, the section, the cause and mostly the byte.
+    """
+    try:
+        return _core.parse_json(text, tensors or [], decode)
+    except Exception as error:
+        # Whatever JSON, numpy or torch raises for a text, or a node, that is not as it must be.
+        detail = f"section {section.name.lower()} is damaged: {type(error).__name__}: {error}"
+        raise FormatError(detail, path=path) from error

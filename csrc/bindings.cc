@@ -196,7 +196,7 @@ py::tuple storage_record(const Reader& reader, std::size_t i) {
   if (i >= index.storages.size()) throw py::index_error("storage " + std::to_string(i));
   const StorageRecord& storage = index.storages[i];
   const bool has_checksum = (storage.flags & kStorageHasChecksum) != 0;
-  return py::make_tuple(storage.offset, storage.bytes,
+  return py::make_tuple(reader.file().begin() + storage.offset, storage.bytes,
                         has_checksum ? py::object(py::int_(storage.crc32c)) : py::none(),
                         reader.header().devices()[storage.device],
                         (storage.flags & kStorageHasNoData) != 0);
@@ -286,11 +286,37 @@ std::vector<std::size_t> find_damage(const Reader& reader) {
   return reader.find_damage(check_signals);
 }
 
+Access access_of(std::optional<bool> mmap) {
+  return !mmap ? Access::kAuto : *mmap ? Access::kMap : Access::kRead;
+}
+
 std::unique_ptr<Reader> open_reader(const std::string& path, const std::string& name,
                                     std::optional<bool> mmap) {
   const py::gil_scoped_release no_gil;
-  const Access access = !mmap ? Access::kAuto : *mmap ? Access::kMap : Access::kRead;
-  return std::make_unique<Reader>(path, name, access);
+  return std::make_unique<Reader>(path, name, access_of(mmap));
+}
+
+std::unique_ptr<Reader> open_descriptor(int descriptor, const std::string& name,
+                                        std::uint64_t begin, std::optional<bool> mmap) {
+  const py::gil_scoped_release no_gil;
+  return std::make_unique<Reader>(descriptor, name, begin, access_of(mmap));
+}
+
+// What a stream fills. Views of it keep the memory alive, whatever the stream does with them.
+struct Room {
+  Bytes bytes;
+  std::size_t count;
+};
+
+std::unique_ptr<Reader> open_stream(const py::function& read_into, const std::string& name,
+                                    std::uint64_t begin, std::optional<std::uint64_t> bytes) {
+  const ReadSome read_some = [&](const Bytes& target, std::size_t room) {
+    const py::memoryview view(py::cast(Room{target, room}));
+    const auto got = read_into(view).cast<std::size_t>();
+    if (got > room) throw py::value_error("more bytes than there is room for");
+    return got;
+  };
+  return std::make_unique<Reader>(read_some, name, begin, bytes.value_or(UINT64_MAX));
 }
 
 // ---- Registration ----
@@ -354,8 +380,16 @@ void register_plan(py::module_& module) {
 }
 
 void register_reader(py::module_& module) {
+  py::class_<Room>(module, "Room", py::buffer_protocol()).def_buffer([](const Room& room) {
+    return py::buffer_info(reinterpret_cast<unsigned char*>(room.bytes.data),
+                           static_cast<py::ssize_t>(room.count));
+  });
   py::class_<Reader>(module, "Reader")
       .def(py::init(&open_reader), py::arg("path"), py::arg("name"), py::arg("mmap"))
+      .def_static("from_descriptor", &open_descriptor, py::arg("descriptor"), py::arg("name"),
+                  py::arg("begin"), py::arg("mmap"))
+      .def_static("from_stream", &open_stream, py::arg("read_into"), py::arg("name"),
+                  py::arg("begin"), py::arg("bytes"))
       .def_property_readonly("name",
                              [](const Reader& self) { return decode_path(self.file().name()); })
       .def_property_readonly("is_mapped",

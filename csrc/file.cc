@@ -95,6 +95,25 @@ void skip_bytes(struct iovec*& pieces, std::size_t& count, std::size_t bytes) {
   pieces->iov_len -= bytes;
 }
 
+std::uint64_t page_bytes() {
+  static const auto bytes = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  return bytes;
+}
+
+// How far behind the start of its page an address is.
+std::uint64_t page_offset(const std::byte* address) {
+  return reinterpret_cast<std::uintptr_t>(address) % page_bytes();
+}
+
+// What a read of one piece from memory gives.
+ssize_t copy_bytes(const struct iovec& piece, const std::byte* source, std::uint64_t source_bytes,
+                   std::uint64_t offset) {
+  const std::uint64_t begin = std::min(offset, source_bytes);
+  const std::uint64_t bytes = std::min<std::uint64_t>(piece.iov_len, source_bytes - begin);
+  std::memcpy(piece.iov_base, source + begin, bytes);
+  return static_cast<ssize_t>(bytes);
+}
+
 void sync(int fd, const std::string& path) {
   if (retry([&] { return ::fsync(fd); }) != 0) fail(path);
 }
@@ -162,16 +181,32 @@ File::File(const std::string& path, const std::string& name) : name_(name) {
   descriptor_ =
       Descriptor(retry([&] { return ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); }));
   if (descriptor_.get() < 0) fail(name);
+  measure();
+}
+
+File::File(int descriptor, const std::string& name, std::uint64_t begin)
+    : name_(name), begin_(begin) {
+  descriptor_ = Descriptor(::fcntl(descriptor, F_DUPFD_CLOEXEC, 0));
+  if (descriptor_.get() < 0) fail(name);
+  measure();
+}
+
+File::File(std::shared_ptr<Memory> memory, std::uint64_t bytes, const std::string& name,
+           std::uint64_t begin)
+    : name_(name), memory_(std::move(memory)), begin_(begin), bytes_(bytes) {}
+
+void File::measure() {
   struct stat status{};
-  if (::fstat(descriptor_.get(), &status) != 0) fail(name);
-  if (S_ISDIR(status.st_mode)) fail(name, EISDIR);
+  if (::fstat(descriptor_.get(), &status) != 0) fail(name_);
+  if (S_ISDIR(status.st_mode)) fail(name_, EISDIR);
   if (!S_ISREG(status.st_mode)) {
     throw Error(Failure::kUnsupported,
                 "not a regular file: it can be neither mapped nor read at "
                 "offsets; open it in Python and pass the file object",
-                name);
+                name_);
   }
-  bytes_ = static_cast<std::uint64_t>(status.st_size);
+  const auto bytes = static_cast<std::uint64_t>(status.st_size);
+  bytes_ = bytes - std::min(begin_, bytes);
 }
 
 FileSystem File::file_system() const { return file_system_of(descriptor_.get(), name_); }
@@ -205,37 +240,39 @@ void File::read_run(const Piece* pieces, std::size_t count) const {
 void File::read_pieces(struct iovec* pieces, std::size_t count, std::uint64_t offset) const {
   skip_bytes(pieces, count, 0);
   while (count > 0) {
-    const ssize_t got = retry([&] {
-      return ::preadv(descriptor_.get(), pieces, batch_of(count), static_cast<off_t>(offset));
+    const ssize_t got = memory_ ? copy_bytes(*pieces, memory_->data(), bytes_, offset) : retry([&] {
+      return ::preadv(descriptor_.get(), pieces, batch_of(count),
+                      static_cast<off_t>(begin_ + offset));
     });
     if (got < 0) fail(name_);
     if (got == 0) {
-      throw Error(Failure::kTruncated,
-                  "the file ended at byte " + std::to_string(offset) + ", while it was being read",
-                  name_);
+      throw Error(
+          Failure::kTruncated,
+          "the file ended at byte " + std::to_string(begin_ + offset) + ", while it was being read",
+          name_);
     }
     offset += static_cast<std::uint64_t>(got);
     skip_bytes(pieces, count, static_cast<std::size_t>(got));
   }
 }
 
-bool File::is_cached() const {
+bool File::is_cached(std::uint64_t begin, std::uint64_t bytes) const {
   if (file_system().is_memory) return true;
   // cachestat(2), since Linux 6.5; declared here as C libraries do not have it yet.
   struct {
     std::uint64_t begin, bytes;
-  } range{0, 0};  // all of the file
+  } range{begin_ + begin, bytes};
   struct {
     std::uint64_t cached, dirty, writeback, evicted, recently_evicted;
   } pages{};
   constexpr long cachestat_number = 451;
   if (::syscall(cachestat_number, descriptor_.get(), &range, &pages, 0) != 0) return false;
-  const auto page_bytes = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
-  return pages.cached >= (bytes_ + page_bytes - 1) / page_bytes;
+  const std::uint64_t last = range.begin + bytes - 1;
+  return pages.cached > last / page_bytes() - range.begin / page_bytes();
 }
 
 void File::read_ahead(std::uint64_t begin, std::uint64_t bytes) const {
-  ::posix_fadvise(descriptor_.get(), static_cast<off_t>(begin), static_cast<off_t>(bytes),
+  ::posix_fadvise(descriptor_.get(), static_cast<off_t>(begin_ + begin), static_cast<off_t>(bytes),
                   POSIX_FADV_WILLNEED);
 }
 
@@ -244,10 +281,13 @@ void File::read_ahead(std::uint64_t begin, std::uint64_t bytes) const {
 std::shared_ptr<Memory> Memory::map(const File& file, std::uint64_t bytes) {
   // Private and writable: tensors are edited in place, and the file never changes. MAP_NORESERVE: a
   // mapping larger than memory is fine, as only pages that are written take any.
-  void* address = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE,
-                         file.descriptor(), 0);
+  const std::uint64_t skipped = file.begin() % page_bytes();
+  void* address =
+      ::mmap(nullptr, skipped + bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE,
+             file.descriptor(), static_cast<off_t>(file.begin() - skipped));
   if (address == MAP_FAILED) fail(file.name());
-  return std::shared_ptr<Memory>(new Memory(static_cast<std::byte*>(address), bytes, true));
+  auto* data = static_cast<std::byte*>(address) + skipped;
+  return std::shared_ptr<Memory>(new Memory(data, bytes, true));
 }
 
 std::shared_ptr<Memory> Memory::allocate(std::uint64_t bytes) {
@@ -262,10 +302,28 @@ std::shared_ptr<Memory> Memory::allocate(std::uint64_t bytes) {
 
 Memory::~Memory() {
   if (is_mapped_) {
-    ::munmap(data_, bytes_);
+    const std::uint64_t skipped = page_offset(data_);
+    ::munmap(data_ - skipped, skipped + bytes_);
   } else {
     std::free(data_);
   }
+}
+
+std::shared_ptr<const void> Memory::own_part(const std::shared_ptr<Memory>& memory,
+                                             std::uint64_t begin, std::uint64_t bytes) {
+  // Less is not worth a call to the system.
+  constexpr std::uint64_t part_bytes_min = std::uint64_t{64} << 10U;
+  if (bytes < part_bytes_min) return memory;
+  return std::shared_ptr<const void>(
+      memory->data(), [memory, begin, bytes](const void*) { memory->discard(begin, bytes); });
+}
+
+void Memory::discard(std::uint64_t begin, std::uint64_t bytes) {
+  std::byte* first = data_ + begin;
+  std::byte* last = first + bytes;
+  last -= page_offset(last);
+  first += (page_bytes() - page_offset(first)) % page_bytes();
+  if (first < last) ::madvise(first, static_cast<std::size_t>(last - first), MADV_DONTNEED);
 }
 
 // ---- AtomicFile ----

@@ -40,16 +40,28 @@ class Descriptor {
   int fd_ = -1;
 };
 
-// A regular file, open for reading. Thread-safe.
+class Memory;
+
+// Bytes to be read at offsets, which count from `begin` in a regular file or, where that is none,
+// in memory that holds what was read of it. Thread-safe.
 class File {
  public:
   // `name`: what messages call it.
   File(const std::string& path, const std::string& name);
   explicit File(const std::string& path) : File(path, path) {}
 
+  // The file of a descriptor, from `begin` on. Has a descriptor of its own.
+  File(int descriptor, const std::string& name, std::uint64_t begin);
+
+  // The first `bytes` bytes of memory, which stand for those from `begin` on.
+  File(std::shared_ptr<Memory> memory, std::uint64_t bytes, const std::string& name,
+       std::uint64_t begin);
+
   const std::string& name() const { return name_; }
-  std::uint64_t bytes() const { return bytes_; }  // when it was opened
-  FileSystem file_system() const;
+  std::uint64_t begin() const { return begin_; }
+  std::uint64_t bytes() const { return bytes_; }  // from `begin` on, when it was opened
+  const std::shared_ptr<Memory>& memory() const { return memory_; }  // nullptr: a regular file
+  FileSystem file_system() const;                                    // of a regular file
 
   // Fills `target`; throws kTruncated if the file ends first.
   void read_at(void* target, std::size_t bytes, std::uint64_t offset) const;
@@ -64,8 +76,8 @@ class File {
   void read_run(const Piece* pieces, std::size_t count) const;
   static constexpr std::size_t kGapBytesMax = 4096;
 
-  // Whether all of the file is known to be in the page cache.
-  bool is_cached() const;
+  // Whether all of [begin, begin + bytes) is known to be in the page cache. REQUIRES: bytes > 0.
+  bool is_cached(std::uint64_t begin, std::uint64_t bytes) const;
 
   // Starts to bring [begin, begin + bytes) into the page cache. A hint.
   void read_ahead(std::uint64_t begin, std::uint64_t bytes) const;
@@ -73,10 +85,13 @@ class File {
   int descriptor() const { return descriptor_.get(); }
 
  private:
+  void measure();
   void read_pieces(struct iovec* pieces, std::size_t count, std::uint64_t offset) const;
 
   std::string name_;
   Descriptor descriptor_;
+  std::shared_ptr<Memory> memory_;
+  std::uint64_t begin_ = 0;
   std::uint64_t bytes_ = 0;
 };
 
@@ -84,7 +99,8 @@ class File {
 // private: writing to them changes neither the file nor other mappings.
 class Memory {
  public:
-  // Maps the first `bytes` bytes of the file.
+  // Maps the first `bytes` bytes of a regular file. The memory is aligned as the place in the file
+  // is, up to the size of a page.
   static std::shared_ptr<Memory> map(const File& file, std::uint64_t bytes);
 
   // Fresh memory, aligned to 64 bytes; large runs ask for huge pages. Contents are undefined.
@@ -97,9 +113,16 @@ class Memory {
 
   std::byte* data() const { return data_; }
 
+  // An owner of all of `memory` that gives [begin, begin + bytes) back, as far as it is whole
+  // pages, when it is dropped, while others keep the rest. For memory from allocate().
+  static std::shared_ptr<const void> own_part(const std::shared_ptr<Memory>& memory,
+                                              std::uint64_t begin, std::uint64_t bytes);
+
  private:
   Memory(std::byte* data, std::uint64_t bytes, bool is_mapped)
       : data_(data), bytes_(bytes), is_mapped_(is_mapped) {}
+
+  void discard(std::uint64_t begin, std::uint64_t bytes);
 
   std::byte* data_;
   std::uint64_t bytes_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <system_error>
 #include <utility>
 
@@ -19,6 +20,33 @@ constexpr std::uint64_t kParallelBytesMin = std::uint64_t{2} << 20U;
 
 std::size_t threads_for(std::uint64_t bytes) {
   return bytes < kParallelBytesMin ? 1 : processor_count();
+}
+
+// What an error of the format says, with the file's name and, if that is not where it starts, where
+// in the file the archive does.
+Error locate(const Error& error, const std::string& name, std::uint64_t begin) {
+  std::string detail = error.what();
+  if (begin > 0 && error.kind != Failure::kSystem)
+    detail += " (counted from byte " + std::to_string(begin) + ", where the archive starts)";
+  return {error.kind, detail, name, error.system_errno};
+}
+
+// Reads [begin, end) of `memory` from a stream; returns where that ended, which is before `end` if
+// the stream did.
+std::uint64_t fill(const std::shared_ptr<Memory>& memory, std::uint64_t begin, std::uint64_t end,
+                   const ReadSome& read_some) {
+  while (begin < end) {
+    const std::size_t got =
+        read_some({memory->data() + begin, memory}, std::min(kStepBytes, end - begin));
+    if (got == 0) break;
+    begin += got;
+  }
+  return begin;
+}
+
+// Not value-initialized: each byte is overwritten at once.
+std::unique_ptr<std::uint64_t[]> allocate_header(const Preamble& preamble) {
+  return std::unique_ptr<std::uint64_t[]>(new std::uint64_t[preamble.header_bytes / 8]);
 }
 
 struct Extent {
@@ -47,14 +75,34 @@ std::vector<Extent> find_extents(const Span<StorageRecord>& storages,
 Reader::Reader(const std::string& path, const std::string& name, Access access)
     : file_(path, name) {
   try {
-    read_header(access);
-  } catch (Error& error) {
-    error.path = name;
-    throw;
+    read_header(true);
+    map(access);
+  } catch (const Error& error) {
+    throw locate(error, name, 0);
   }
 }
 
-void Reader::read_header(Access access) {
+Reader::Reader(int descriptor, const std::string& name, std::uint64_t begin, Access access)
+    : file_(descriptor, name, begin) {
+  try {
+    read_header(false);
+    map(access);
+  } catch (const Error& error) {
+    throw locate(error, name, begin);
+  }
+}
+
+Reader::Reader(const ReadSome& read_some, const std::string& name, std::uint64_t begin,
+               std::uint64_t bytes)
+    : file_(nullptr, 0, name, begin) {
+  try {
+    read_stream(read_some, begin, bytes);
+  } catch (const Error& error) {
+    throw locate(error, name, begin);
+  }
+}
+
+void Reader::read_header(bool is_whole_file) {
   // The header is read, not mapped: what has been validated must not change afterwards. Most
   // headers come with the first read.
   constexpr std::size_t first_bytes_max = 16384;
@@ -63,22 +111,48 @@ void Reader::read_header(Access access) {
       static_cast<std::size_t>(std::min<std::uint64_t>(first_bytes_max, file_.bytes()));
   file_.read_at(first, first_bytes, 0);
   const Preamble preamble = decode_preamble(first, first_bytes, file_.bytes());
-  if (file_.bytes() > preamble.file_bytes) {
+  if (is_whole_file && file_.bytes() > preamble.file_bytes) {
     throw Error(Failure::kFormat, "the file has " + std::to_string(file_.bytes()) +
                                       " bytes; its header accounts for " +
                                       std::to_string(preamble.file_bytes));
   }
-  // Not value-initialized: each byte is overwritten at once.
-  std::unique_ptr<std::uint64_t[]> bytes(new std::uint64_t[preamble.header_bytes / 8]);
+  std::unique_ptr<std::uint64_t[]> bytes = allocate_header(preamble);
   auto* target = reinterpret_cast<unsigned char*>(bytes.get());
   const std::size_t copied = std::min<std::size_t>(first_bytes, preamble.header_bytes);
   std::memcpy(target, first, copied);
   file_.read_at(target + copied, preamble.header_bytes - copied, copied);
   header_ = Header::decode(std::move(bytes), preamble);
+}
 
-  const bool is_mapped =
-      access == Access::kMap || (access == Access::kAuto && file_.file_system().maps_well);
-  if (is_mapped) mapping_ = Memory::map(file_, preamble.file_bytes);
+// Nothing is asked for before what came until then has been validated: a stream may be a connection
+// that stays open, and a damaged size must not make anybody wait for what never comes.
+void Reader::read_stream(const ReadSome& read_some, std::uint64_t begin, std::uint64_t bytes) {
+  const std::shared_ptr<Memory> first = Memory::allocate(sizeof(Preamble));
+  const std::uint64_t first_bytes = fill(first, 0, sizeof(Preamble), read_some);
+  const Preamble preamble = decode_preamble(first->data(), first_bytes,
+                                            first_bytes < sizeof(Preamble) ? first_bytes : bytes);
+  const auto read_part = [&](const std::shared_ptr<Memory>& memory, std::uint64_t from,
+                             std::uint64_t to) {
+    const std::uint64_t end = fill(memory, from, to, read_some);
+    if (end < to)
+      decode_preamble(first->data(), first_bytes, end);  // throws: the file is too short
+  };
+  const std::shared_ptr<Memory> head = Memory::allocate(preamble.header_bytes);
+  std::memcpy(head->data(), first->data(), first_bytes);
+  read_part(head, first_bytes, preamble.header_bytes);
+  std::unique_ptr<std::uint64_t[]> words = allocate_header(preamble);
+  std::memcpy(words.get(), head->data(), preamble.header_bytes);
+  header_ = Header::decode(std::move(words), preamble);
+
+  const std::shared_ptr<Memory> memory = Memory::allocate(preamble.file_bytes);
+  read_part(memory, preamble.header_bytes, preamble.file_bytes);
+  file_ = File(memory, preamble.file_bytes, file_.name(), begin);
+}
+
+void Reader::map(Access access) {
+  if (access == Access::kRead || file_.begin() % kMapAlignBytes != 0) return;
+  if (access == Access::kMap || file_.file_system().maps_well)
+    mapping_ = Memory::map(file_, header_.preamble().file_bytes);
 }
 
 Bytes Reader::bytes(std::size_t storage, std::uint64_t begin, std::uint64_t end,
@@ -95,16 +169,23 @@ std::vector<Bytes> Reader::bytes_of(const std::vector<bool>& is_wanted,
   std::vector<Bytes> all(index().storages.size());
   std::vector<File::Piece> extents;
   for (std::size_t i = 0; i < all.size(); ++i) {
-    if (!is_wanted[i]) continue;
     const StorageRecord& storage = index().storages[i];
     const std::uint64_t bytes = stored_bytes(storage);
+    const std::uint64_t offset = bytes > 0 ? storage.offset : 0;
+    if (const std::shared_ptr<Memory>& whole = file_.memory()) {
+      // The part of one that is not wanted is given back at once.
+      const Bytes part{whole->data() + offset, Memory::own_part(whole, offset, bytes)};
+      if (is_wanted[i]) all[i] = part;
+      continue;
+    }
+    if (!is_wanted[i]) continue;
     if (mapping_) {
-      all[i] = {mapping_->data() + (bytes > 0 ? storage.offset : 0), mapping_};
+      all[i] = {mapping_->data() + offset, mapping_};
       continue;
     }
     const std::shared_ptr<Memory> memory = Memory::allocate(bytes);
     all[i] = {memory->data(), memory};
-    extents.push_back({memory->data(), bytes, storage.offset});
+    extents.push_back({memory->data(), bytes, offset});
   }
   read(extents, interrupt);
   return all;
@@ -187,7 +268,8 @@ void Reader::check_padding() const {
     if (bytes > 0) file_.read_at(padding, bytes, end);
     if (std::any_of(padding, padding + bytes, [](std::byte b) { return b != std::byte{0}; })) {
       throw Error(Failure::kFormat,
-                  "the padding before byte " + std::to_string(storage.offset) + " is not zero",
+                  "the padding before byte " + std::to_string(file_.begin() + storage.offset) +
+                      " is not zero",
                   file_.name());
     }
     end = storage.offset + storage.bytes;
@@ -202,7 +284,9 @@ Prefetch::Prefetch(const Reader& reader, const std::vector<bool>& is_wanted) {
   std::uint64_t total = 0;
   for (const Extent& extent : extents) total += extent.end - extent.begin;
   const File& file = reader.file();
-  if (total < kParallelBytesMin || file.is_cached()) return;
+  if (total < kParallelBytesMin) return;
+  const std::uint64_t first = extents.front().begin;
+  if (file.is_cached(first, extents.back().end - first)) return;
   try {
     thread_ = std::thread([this, &file, extents = std::move(extents)] {
       for (const Extent& extent : extents) {

@@ -1,9 +1,10 @@
-// From an opened container to memory: mapped, or read in parallel.
+// From a container to memory: mapped, read in parallel, or as a stream gives it.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
@@ -21,13 +22,33 @@ enum class Access {
   kRead,
 };
 
-// An .fsd file whose header has been read and validated. Thread-safe.
+// Only archives that start at a multiple of this in their file are mapped: what is mapped is
+// aligned as it is in the file, and torch's own allocator aligns to this.
+constexpr std::uint64_t kMapAlignBytes = 64;
+
+// Fills the front of `target`, which has room for `room` > 0 bytes; returns how much that is, and 0
+// at the end. Whoever keeps the address keeps the owner.
+using ReadSome = std::function<std::size_t(const Bytes& target, std::size_t room)>;
+
+// An .fsd archive whose header has been read and validated. Thread-safe.
 class Reader {
  public:
-  // Reads the header, and maps the data unless it is to be read. Throws Error with the file's name,
-  // which is what messages call it.
+  // Each throws Error with the name, which is what messages call the file. Places that they name
+  // are counted from the start of the archive, unless they say otherwise.
+
+  // A file that is one archive, without anything behind it. Reads the header, and maps the data
+  // unless it is to be read.
   Reader(const std::string& path, const std::string& name, Access access);
   Reader(const std::string& path, Access access) : Reader(path, path, access) {}
+
+  // The archive at `begin` of the file of a descriptor, whatever is around it.
+  Reader(int descriptor, const std::string& name, std::uint64_t begin, Access access);
+
+  // The archive that comes next in a stream, in which it starts at `begin`, as far as that is
+  // known. Its data are read, too, into memory that becomes that of the tensors; not a byte behind
+  // the archive is asked for. `bytes`: what is left of the stream, if that is known, or UINT64_MAX.
+  Reader(const ReadSome& read_some, const std::string& name, std::uint64_t begin,
+         std::uint64_t bytes);
 
   const File& file() const { return file_; }
   const Header& header() const { return header_; }
@@ -39,6 +60,8 @@ class Reader {
               const Interrupt& interrupt) const;
 
   // The bytes of the storages that `is_wanted` marks, by number, in parallel; none of the others.
+  // Those of a stream are handed out as they are, and the others given back, so that this is to be
+  // called once, and last.
   // REQUIRES: a mark for each storage.
   std::vector<Bytes> bytes_of(const std::vector<bool>& is_wanted, const Interrupt& interrupt) const;
 
@@ -47,7 +70,9 @@ class Reader {
   std::vector<std::size_t> find_damage(const Interrupt& interrupt) const;
 
  private:
-  void read_header(Access access);
+  void read_header(bool is_whole_file);
+  void read_stream(const ReadSome& read_some, std::uint64_t begin, std::uint64_t bytes);
+  void map(Access access);
   void read(const std::vector<File::Piece>& extents, const Interrupt& interrupt) const;
   void check_padding() const;
 

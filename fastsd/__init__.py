@@ -4,6 +4,7 @@ from fastsd.api import load, load_into, open, save
 from fastsd.archive import Archive, TensorInfo, TensorSlice, Verification
 from fastsd.errors import (
     ChecksumError,
+    EmptyError,
     FastsdError,
     FormatError,
     LimitError,
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Archive",
     "ChecksumError",
+    "EmptyError",
     "FastsdError",
     "FormatError",
     "LimitError",

@@ -67,11 +67,32 @@ class Plan(metaclass=_pybind11_type):
     @property
     def file_bytes(self) -> int: ...
 
+class Room(metaclass=_pybind11_type):
+    """Memory that a stream is read into: a writable buffer. Made by the core alone."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
 class Reader(metaclass=_pybind11_type):
-    """An .fsd file whose header has been validated. Thread-safe."""
+    """An .fsd archive whose header has been validated. Thread-safe."""
 
     def __init__(self, path: str | bytes, name: str | bytes, mmap: bool | None) -> None:
-        """``name`` is what messages call the file."""
+        """A file that is one archive. ``name`` is what messages call it."""
+
+    @staticmethod
+    def from_descriptor(
+        descriptor: int, name: str | bytes, begin: int, mmap: bool | None
+    ) -> Reader:
+        """The archive at ``begin`` of a regular file, of which more may follow. It is mapped only
+        if ``begin`` is aligned. Keeps a descriptor of its own."""
+
+    @staticmethod
+    def from_stream(
+        read_into: Callable[[memoryview], int], name: str | bytes, begin: int, bytes: int | None
+    ) -> Reader:
+        """The archive that ``read_into`` gives, all of which is read, into memory that `load` hands
+        out. It fills the front of a buffer and returns how much that is, and 0 at the end.
+        ``begin`` is where the archive starts and ``bytes`` what is left there, if that is
+        known."""
 
     @property
     def name(self) -> str: ...
@@ -102,7 +123,8 @@ class Reader(metaclass=_pybind11_type):
         items."""
 
     def storage(self, number: int) -> tuple[int, int, int | None, str, bool]:
-        """(offset in the file, bytes, CRC32C or None, device, whether it has no data)."""
+        """(offset in the file, wherever the archive starts; bytes; CRC32C or None; device; whether
+        it has no data)."""
 
     def load(
         self, is_ordered: bool, bases_only: bool, numbers: Sequence[int] | None = None

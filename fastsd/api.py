@@ -47,7 +47,8 @@ def save(
             memory formats, numpy scalars and arrays. If anything else is in it (a module, a
             sparse or quantized tensor, a tensor subclass, a storage, an object of another class)
             all of it goes through torch's own pickling, with whole storages.
-        f: A path, or a binary file object, which needs only ``write``.
+        f: A path, or a binary file object, which needs only ``write``: it is written from where it
+            stands and, if it has ``flush``, flushed.
         pickle_module, pickle_protocol: As for torch.save, for what has to be pickled.
         _use_new_zipfile_serialization, _disable_byteorder_record: torch's; they mean nothing here.
         metadata: Strings to keep in the header, for `Archive.metadata`.
@@ -65,16 +66,19 @@ def save(
     untouched after any error, Ctrl-C included. Its permissions are kept; a symbolic link stays,
     what it points to is replaced.
 
-    Raises UnsupportedError for what cannot be saved, what pickling raises, and OSError. Do not
-    change the tensors meanwhile.
+    Raises UnsupportedError for what cannot be saved, what pickling raises, AttributeError for an
+    `f` without ``write``, OSError, and what the file object raises. Do not change the tensors
+    meanwhile.
     """
     if format not in (None, "fsd"):
         raise ValueError(f"format must be None or 'fsd', not {format!r}")
+    if not is_path(f) and not hasattr(f, "write"):
+        raise AttributeError(
+            "expected 'f' to be string, path, or a file-like object with a 'write' attribute"
+        )
     plan = _make_plan(obj, metadata, pickle_module, pickle_protocol)
     if not is_path(f):
-        if not hasattr(f, "write"):
-            raise TypeError(f"expected a path or a binary file object, not {type(f).__name__}")
-        write_stream(plan, f, durable=durable, checksum=checksum)  # type: ignore[arg-type]
+        write_stream(plan, f, durable=durable, checksum=checksum)
         return
     path = encode_path(f)
     if is_stream_path(path):
@@ -132,8 +136,9 @@ def load(
     """Loads what `save` has saved, in place of ``torch.load(f)``.
 
     Args:
-        f: A path, or a binary file object; of one that is no regular file the archive is read into
-            memory, from where the object stands.
+        f: A path of a file that is one archive, or a binary file object, which needs only ``read``.
+            Of an object the archive that starts where it stands is read, and not a byte more. The
+            object is left behind it or, after an error, where it stood, if it can seek.
         map_location: As for torch.load.
         weights_only: As for torch.load, for files that hold a pickle; loading others never runs
             code, whatever it says. True, and None without a ``pickle_module``: torch's restricted
@@ -146,7 +151,10 @@ def load(
             meanwhile; to truncate or overwrite it in place would change or kill the process.
             False: tensors have memory of their own, read at once and in parallel.
             None: map, except on file systems where that is slow or unsafe (NFS, SMB, Lustre,
-            FUSE...).
+            FUSE...), and except file objects that are open for writing, too.
+            What cannot be mapped is read, once, whatever this says: objects that are no regular
+            file (io.BytesIO, pipes, compressed files...), and archives that do not start at a
+            multiple of 64 bytes in their file.
         verify: How much to check before anything is returned. "structure": the whole header,
             against every rule of the format and its own checksum; no tensor data is read.
             "checksums": that, and every byte of the file, whatever is chosen of it, against the
@@ -169,9 +177,11 @@ def load(
     kept under the new names of the modules (module "m" goes with names "m."); not if ``rename`` is
     a function. What occurs twice in a nested object has the names of where it comes first.
 
-    Raises FormatError for a file that is damaged or not of this format, ChecksumError, OSError,
-    NamesError (a KeyError) for a prefix or pattern that fits no name and for two names that become
-    one, and what torch raises where `map_location` cannot be met, or a pickle not be loaded.
+    Raises FormatError for a file that is damaged or not of this format, EmptyError (an EOFError)
+    where there is nothing to read, ChecksumError, OSError, AttributeError for an `f` without
+    ``read``, what a file object raises, NamesError (a KeyError) for a prefix or pattern that fits
+    no name and for two names that become one, and what torch raises where `map_location` cannot be
+    met, or a pickle not be loaded.
     """
     if verify not in ("structure", "checksums"):
         raise ValueError(f"verify must be 'structure' or 'checksums', not {verify!r}")
@@ -183,8 +193,8 @@ def load(
     rules = _make_rules(prefix, select, rename)
     with open_source(f) as source:
         reader = fsd.open_reader(source, mmap)
-    _verify(reader, verify)
-    return _load(reader, map_location, how, rules)[0]
+        _verify(reader, verify)
+        return _load(reader, map_location, how, rules)[0]
 
 
 def _make_rules(
@@ -329,7 +339,9 @@ def open(f: PathOrFile, device: torch.device | str = CPU, *, mmap: bool | None =
     """Opens a file as a read-only mapping of its tensors, which are read when they are asked for.
 
     ``device`` is where they are put then; ``mmap`` as for `load`. Nested files are mappings too:
-    their names are the keys on the way, joined by dots. Raises what `load` raises.
+    their names are the keys on the way, joined by dots. Of a file object that cannot be mapped and
+    is no regular file everything is read at once; tensors are copies then. Raises what `load`
+    raises.
     """
     with open_source(f) as source:
         return fsd.open_archive(source, mmap, device)

@@ -35,7 +35,8 @@ class TensorInfo:
 
     ``stride`` and ``storage_offset`` count items, ``nbytes`` the bytes of all elements; tensors
     with the same ``storage`` share memory. ``file_offset`` is where the storage starts in the
-    file, and ``crc32c`` its checksum, None if it was saved without.
+    file, wherever in it the archive does, and ``crc32c`` its checksum, None if it was saved
+    without.
     """
 
     name: str

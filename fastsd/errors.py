@@ -3,6 +3,7 @@
 FastsdError
 ├── FormatError            the bytes break a rule of the format, or are of another format
 │   ├── TruncatedError     the file ends before what its header promises
+│   │   └── EmptyError     there is nothing to read; an EOFError, too, as torch.load raises
 │   ├── VersionError       written by a newer release, in a way that this one cannot read
 │   └── LimitError         larger than a named limit of the format
 ├── ChecksumError          stored bytes are not what was written
@@ -34,6 +35,10 @@ class FormatError(FastsdError):
 
 class TruncatedError(FormatError):
     """The file ends before what its header promises: a download or copy that did not finish."""
+
+
+class EmptyError(TruncatedError, EOFError):
+    """There is nothing to read: the file is empty, or a file object is at its end."""
 
 
 class VersionError(FormatError):

@@ -1,17 +1,23 @@
-"""Paths and file objects: how what is passed as `f` reaches the core, which knows only paths."""
+"""Paths and file objects: how what is passed as `f` reaches the core."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import operator
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from io import BytesIO, RawIOBase, TextIOBase
+from tempfile import SpooledTemporaryFile
+from typing import Any, NamedTuple
 
 from fastsd import _core
 
-_CHUNK_BYTES = 8 << 20
+_WRITE_BYTES = 8 << 20
+_READ_BYTES = 1 << 20  # what is read is copied, while it is still in the processor's cache
 # docs/FORMAT.md, "The preamble".
 _PREAMBLE_BYTES = 48
 _FILE_BYTES_AT = 24
@@ -24,8 +30,11 @@ def is_path(f: object) -> bool:
 
 
 def encode_path(f: Any) -> bytes:
-    """The path as the system takes it. Raises ValueError for one that holds a null byte."""
+    """The path as the system takes it. Raises ValueError for one that holds a null byte, and
+    FileNotFoundError for one that is empty."""
     path = os.fsencode(f)
+    if not path:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f)
     if b"\0" in path:
         raise ValueError("embedded null byte")
     return path
@@ -42,93 +51,214 @@ def is_stream_path(path: bytes) -> bool:
 
 
 class Source(NamedTuple):
-    """Where the core can read, and what messages call it."""
+    """An archive to be read: its first bytes, and how to open it.
 
-    path: bytes
-    name: bytes
+    ``open`` takes ``mmap`` as `fastsd.load` does, and may be called as long as the context of
+    `open_source` lasts. What cannot be mapped is read, whatever ``mmap`` says.
+    """
+
+    peek: Callable[[], bytes]
+    open: Callable[[bool | None], _core.Reader]
 
 
 @contextmanager
 def open_source(f: Any) -> Iterator[Source]:
-    """A path under which the core can open what `f` is, for as long as the context lasts.
+    """What `f` holds: a path the one archive of that file, a file object the one that comes next.
 
-    A file object is read from where it stands and left behind the archive. A regular file that
-    holds just the archive is opened again, so that it can be mapped; from anything else the
-    archive is copied once, into memory.
+    A file object is left behind the archive or, after an error, where it stood, if it can go back.
+    A regular file is used through its descriptor; anything else is read, just as far as the archive
+    reaches. Raises AttributeError for what has no ``read``, and what that raises.
     """
     if is_path(f):
         path = encode_path(f)
-        yield Source(path, path)
+        yield Source(lambda: _read_first(path), lambda mmap: _core.Reader(path, path, mmap))
         return
     if not hasattr(f, "read"):
-        raise TypeError(f"expected a path or a binary file object, not {type(f).__name__}")
-    name = os.fsencode(str(getattr(f, "name", None) or f))
-    with _descriptor(f) as descriptor:
-        yield Source(b"/proc/self/fd/%d" % descriptor, name)
-
-
-@contextmanager
-def _descriptor(f: Any) -> Iterator[int]:
-    preamble = _read_up_to(f, _PREAMBLE_BYTES)
-    is_fsd = preamble.startswith(MAGIC) and len(preamble) == _PREAMBLE_BYTES
-    nbytes = int.from_bytes(preamble[_FILE_BYTES_AT : _FILE_BYTES_AT + 8], "little")
-    if is_fsd and _is_regular_file_of(f, nbytes):
-        f.seek(nbytes)
-        yield f.fileno()
-        return
-    descriptor = os.memfd_create("fastsd")
+        raise AttributeError(
+            f"expected a path or a binary file object with a 'read' attribute, not "
+            f"{type(f).__name__}"
+        )
+    if isinstance(f, TextIOBase):
+        raise TypeError(f"expected a file opened in binary mode, not {f}")
+    begin = _tell(f)
     try:
-        with open(descriptor, "wb", closefd=False) as memory:
-            memory.write(preamble)
-            left = nbytes - len(preamble) if is_fsd else 0
-            while left > 0 and (chunk := f.read(min(left, _CHUNK_BYTES))):
-                memory.write(chunk)
-                left -= len(chunk)
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        first = _read_up_to(f, _PREAMBLE_BYTES)
+        descriptor = None if begin is None else _find_descriptor(f, begin, first)
+        if begin is None or descriptor is None:
+            yield _stream_source(f, begin, first)
+        else:
+            yield _descriptor_source(f, descriptor, begin, first)
+            at = _FILE_BYTES_AT
+            f.seek(begin + int.from_bytes(first[at : at + 8], "little"))
+    except BaseException:
+        if begin is not None:
+            with suppress(Exception):
+                f.seek(begin)
+        raise
+
+
+def _read_first(path: bytes) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(_PREAMBLE_BYTES)
+
+
+def _name(f: Any) -> bytes:
+    name = getattr(f, "name", None)  # of a descriptor without a path a number
+    return os.fsencode(name if name and isinstance(name, (str, bytes)) else str(f))
+
+
+def _tell(f: Any) -> int | None:
+    """Where a file object stands; None for one that cannot tell, or could not go back there."""
+    try:
+        begin = f.tell()
+        f.seek(begin)
+    except (AttributeError, OSError, ValueError):  # a closed one says so when it is read
+        return None
+    return begin if isinstance(begin, int) else None
+
+
+# ---- Regular files ----
+
+
+def _find_descriptor(f: Any, begin: int, first: bytes) -> int | None:
+    """The descriptor of a regular file whose bytes are those that `f` gives; None if there is none.
+
+    That `f` has a descriptor does not say so: compressed files have one, too. That the file has
+    ``first`` where `f` stood does, as it holds the checksum of the header, which has those of the
+    data.
+    """
+    if isinstance(f, SpooledTemporaryFile):  # to ask for its descriptor would put it on the disk
+        return None
+    try:
+        descriptor: int = f.fileno()
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return None
+        is_same = os.pread(descriptor, len(first), begin) == first
+    except (AttributeError, OSError, ValueError, TypeError):
+        return None
+    return descriptor if is_same else None
+
+
+def _descriptor_source(f: Any, descriptor: int, begin: int, first: bytes) -> Source:
+    name = _name(f)
+    # Whoever can write to the file may be about to, and would change tensors that are mapped.
+    is_written = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+
+    def open_reader(mmap: bool | None) -> _core.Reader:
+        safe = False if mmap is None and is_written else mmap
+        return _core.Reader.from_descriptor(descriptor, name, begin, safe)
+
+    return Source(lambda: first, open_reader)
+
+
+# ---- Streams ----
+
+
+def _stream_source(f: Any, begin: int | None, first: bytes) -> Source:
+    name = _name(f)
+
+    def open_reader(mmap: bool | None) -> _core.Reader:
+        start = 0 if begin is None else begin
+        return _core.Reader.from_stream(_read_into(f, first), name, start, _count_left(f, start))
+
+    return Source(lambda: first, open_reader)
+
+
+def _count_left(f: Any, begin: int) -> int | None:
+    """How many bytes there are from `begin` on, where it costs nothing to ask."""
+    if not isinstance(f, BytesIO):
+        return None
+    here = f.tell()
+    end = f.seek(0, os.SEEK_END)
+    f.seek(here)
+    return max(0, end - begin)
+
+
+def _read_into(f: Any, first: bytes) -> Callable[[memoryview], int]:
+    """Fills the front of a buffer with ``first``, then with what `f` has, once it has any."""
+    # Not one that another object lends: what that reads might not be what `f` does.
+    has_readinto = hasattr(type(f), "readinto") or "readinto" in getattr(f, "__dict__", ())
+    read_next = f.readinto if has_readinto else partial(_copy_into, f)
+
+    def read_into(target: memoryview) -> int:
+        nonlocal first
+        if first:
+            nbytes = min(len(first), len(target))
+            target[:nbytes] = first[:nbytes]
+            first = first[nbytes:]
+            return nbytes
+        got = operator.index(_given(f, read_next(target)))
+        if not 0 <= got <= len(target):
+            raise ValueError(f"readinto() gave {got} bytes, where {len(target)} were asked for")
+        return got
+
+    return read_into
+
+
+def _copy_into(f: Any, target: memoryview) -> int:
+    data = _read(f, min(len(target), _READ_BYTES))
+    target[: len(data)] = data
+    return len(data)
 
 
 def _read_up_to(f: Any, nbytes: int) -> bytes:
     data = b""
-    while len(data) < nbytes and (chunk := f.read(nbytes - len(data))):
-        if not isinstance(chunk, (bytes, bytearray)):
-            raise TypeError(f"expected a file opened in binary mode, but read() gave {type(chunk)}")
+    while len(data) < nbytes and (chunk := _read(f, nbytes - len(data))):
         data += chunk
     return data
 
 
-def _is_regular_file_of(f: Any, nbytes: int) -> bool:
-    try:
-        status = os.fstat(f.fileno())
-        is_at_start: bool = f.tell() == _PREAMBLE_BYTES
-    except (OSError, AttributeError, ValueError):
-        return False
-    return stat.S_ISREG(status.st_mode) and status.st_size == nbytes and is_at_start
+def _read(f: Any, nbytes: int) -> memoryview:
+    """What one call of ``read`` gives: not more than was asked for, and nothing at the end."""
+    chunk = _given(f, f.read(nbytes))
+    if not isinstance(chunk, (bytes, bytearray, memoryview)):
+        raise TypeError(f"expected a file opened in binary mode, but read() gave {type(chunk)}")
+    data = memoryview(chunk).cast("B")
+    if len(data) > nbytes:
+        raise ValueError(f"read() gave {len(data)} bytes, where {nbytes} were asked for")
+    return data
 
 
-def write_stream(plan: _core.Plan, f: IO[bytes], *, durable: bool, checksum: bool) -> None:
-    """Writes a plan to a file object from where it stands, using `write` alone.
+def _given(f: Any, result: Any) -> Any:
+    if result is None:
+        raise BlockingIOError(errno.EAGAIN, "the file is non-blocking and has no data yet", str(f))
+    return result
+
+
+# ---- Writing ----
+
+
+def write_stream(plan: _core.Plan, f: Any, *, durable: bool, checksum: bool) -> None:
+    """Writes a plan to a file object from where it stands, using ``write`` and, if it has one,
+    ``flush``.
 
     With ``durable``, which takes a file that has a descriptor, it is on its device when this
-    returns.
+    returns. Raises what the object raises.
     """
     descriptor = f.fileno() if durable else -1  # raises before anything is written
     _write_all(f, memoryview(plan.header(checksum)))
-    slab = memoryview(bytearray(min(_CHUNK_BYTES, plan.file_bytes - plan.header_bytes)))
-    for begin in range(plan.header_bytes, plan.file_bytes, _CHUNK_BYTES):
-        part = slab[: min(_CHUNK_BYTES, plan.file_bytes - begin)]
+    slab = memoryview(bytearray(min(_WRITE_BYTES, plan.file_bytes - plan.header_bytes)))
+    for begin in range(plan.header_bytes, plan.file_bytes, _WRITE_BYTES):
+        part = slab[: min(_WRITE_BYTES, plan.file_bytes - begin)]
         plan.gather(begin, part)
         _write_all(f, part)
-    if durable:
+    if hasattr(f, "flush"):
         f.flush()
+    if durable:
         os.fsync(descriptor)
 
 
-def _write_all(f: IO[bytes], data: memoryview) -> None:
+def _write_all(f: Any, data: memoryview) -> None:
     # Raw files may take less than they are given; others return the length, or nothing.
     while data:
-        written = f.write(data)
+        with data[:] as lent:  # useless to an object that keeps it: the memory is used again
+            written = f.write(lent)
+        if written is None and not isinstance(f, RawIOBase):
+            return
+        if written is None:
+            raise BlockingIOError(errno.EAGAIN, "the file is non-blocking and is full", str(f))
         if written == 0:
             raise OSError(errno.EIO, "write() took nothing", str(getattr(f, "name", f)))
-        data = data[len(data) if written is None else written :]
+        if not 0 < written <= len(data):
+            raise ValueError(f"write() took {written} bytes of the {len(data)} that it was given")
+        data = data[written:]

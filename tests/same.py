@@ -151,3 +151,10 @@ def small_state():
         mask=torch.tensor([True, False]),
         empty=torch.empty(0, 3),
     )
+
+
+def medium_state():
+    """9 MB: enough for several threads."""
+    state = {f"small{i}": filled((i,), torch.uint8, seed=i) for i in range(300)}
+    state |= {f"large{i}": filled((1 << 20,), torch.int16, seed=i) for i in range(4)}
+    return state

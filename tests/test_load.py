@@ -2,22 +2,22 @@
 
 import copy
 import gc
-import gzip
 import io
 import os
 import struct
 import subprocess
 import sys
 import tempfile
-from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
+from mapped import lies_in, mapped_ranges
 from same import (
     PLAIN_DTYPES,
     assert_same,
     filled,
+    medium_state,
     raw,
     shares_storage,
     small_state,
@@ -28,27 +28,6 @@ from torch import nn
 
 import fastsd
 from fastsd import _core
-
-
-def mapped_ranges(path):
-    """Where a file is mapped in this process."""
-    with open("/proc/self/maps") as maps:
-        places = [line.split()[0] for line in maps if line.rstrip("\n").endswith(str(path))]
-    return [tuple(int(part, 16) for part in place.split("-")) for place in places]
-
-
-def lies_in(tensor, ranges):
-    storage = tensor.untyped_storage()
-    begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-    return any(first <= begin and end <= last for first, last in ranges)
-
-
-def medium_state():
-    """9 MB: enough for several threads."""
-    state = {f"small{i}": filled((i,), torch.uint8, seed=i) for i in range(300)}
-    state |= {f"large{i}": filled((1 << 20,), torch.int16, seed=i) for i in range(4)}
-    return state
-
 
 # ---- Whose memory it is ----
 
@@ -571,196 +550,3 @@ def test_checksums_that_are_not_there_cannot_be_verified(path):
         fastsd.load(path, verify="checksums")
     assert "weight" in caught.value.tensors
     assert "empty" not in caught.value.tensors
-
-
-# ---- File objects ----
-
-
-class OnlyWrite:
-    """Takes at most `limit` bytes at a time."""
-
-    def __init__(self, limit=None):
-        self.data = bytearray()
-        self.limit = limit
-
-    def write(self, data):
-        part = bytes(data)[: self.limit]
-        self.data += part
-        return len(part)
-
-
-class OnlyRead:
-    """Gives at most `limit` bytes at a time."""
-
-    def __init__(self, data, limit=None):
-        self.file = io.BytesIO(data)
-        self.limit = limit
-
-    def read(self, count=-1):
-        return self.file.read(count if self.limit is None else min(count, self.limit))
-
-
-@pytest.mark.parametrize("limit", [None, 1000, 7])
-def test_objects_that_only_read_or_only_write(limit, path):
-    fastsd.save(small_state(), path)
-    target = OnlyWrite(limit)
-    fastsd.save(small_state(), target)
-    assert bytes(target.data) == path.read_bytes()
-    assert_same(fastsd.load(OnlyRead(target.data, limit)), small_state())
-
-
-@pytest.mark.parametrize("mmap", [None, True, False])
-def test_memory_files(mmap):
-    file = io.BytesIO()
-    fastsd.save(medium_state(), file)
-    assert file.tell() == len(file.getvalue())
-    file.seek(0)
-    assert_same(fastsd.load(file, mmap=mmap), medium_state())
-    assert file.tell() == len(file.getvalue())
-
-
-@pytest.mark.parametrize("buffering", [-1, 0])
-def test_a_real_file_is_mapped(buffering, path):
-    with open(path, "wb", buffering) as file:
-        fastsd.save(small_state(), file)
-    with open(path, "rb", buffering) as file:
-        loaded = fastsd.load(file)
-        assert file.tell() == path.stat().st_size
-        assert file.read() == b""
-    assert_same(loaded, small_state())
-    assert lies_in(loaded["weight"], mapped_ranges(path))
-
-
-def test_a_file_that_is_open_for_both(path):
-    with open(path, "w+b") as file:
-        fastsd.save(small_state(), file)
-        file.seek(0)
-        assert_same(fastsd.load(file), small_state())
-
-
-def test_a_file_without_a_name():
-    with tempfile.TemporaryFile() as file:
-        fastsd.save(small_state(), file)
-        file.seek(0)
-        loaded = fastsd.load(file)
-    assert_same(loaded, small_state())
-
-
-@pytest.mark.parametrize(
-    "make", [io.BytesIO, tempfile.TemporaryFile, tempfile.SpooledTemporaryFile]
-)
-def test_several_archives_in_one_file(make):
-    objects = [small_state(), [1, 2], medium_state(), {}, torch.ones(3)]
-    with make() as file:
-        file.write(b"before")
-        for obj in objects:
-            fastsd.save(obj, file)
-            file.write(b"between")
-        file.seek(0)
-        assert file.read(6) == b"before"
-        for obj in objects:
-            assert_same(fastsd.load(file), obj)
-            assert file.read(7) == b"between"
-
-
-def test_compressed_files(path):
-    with gzip.open(path, "wb") as file:
-        fastsd.save(small_state(), file)
-    with gzip.open(path, "rb") as file:
-        assert_same(fastsd.load(file), small_state())
-
-
-def test_pipes():
-    source, target = os.pipe()
-    with os.fdopen(source, "rb") as reader, os.fdopen(target, "wb") as writer:
-        fastsd.save(small_state(), writer)
-        writer.flush()
-        assert_same(fastsd.load(reader), small_state())
-
-
-def test_named_pipes(tmp_path):
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    with pytest.raises(fastsd.UnsupportedError, match="not a regular file"):
-        fastsd.load(fifo)
-    with open(os.open(fifo, os.O_RDWR), "rb") as reader:  # or else opening it to write would wait
-        fastsd.save(small_state(), fifo)
-        assert_same(fastsd.load(reader), small_state())
-    assert os.listdir(tmp_path) == ["fifo"]
-
-
-def test_the_null_device_takes_everything():
-    fastsd.save(medium_state(), os.devnull)
-    with open(os.devnull, "wb") as file:
-        fastsd.save(medium_state(), file)
-
-
-def test_files_stay_open_and_usable(path):
-    with open(path, "wb") as file:
-        fastsd.save(small_state(), file, durable=True)
-        file.write(b"more")
-    with open(path, "rb") as file:
-        assert_same(fastsd.load(file), small_state())
-        assert file.read() == b"more"
-
-
-def test_other_calls_take_file_objects_too(path):
-    fastsd.save(small_state(), path)
-    target = OrderedDict((k, torch.zeros_like(v)) for k, v in small_state().items())
-    with open(path, "rb") as file:
-        fastsd.load_into(target, file)
-        assert_same(target, small_state())
-        file.seek(0)
-        archive = fastsd.open(file)
-    with archive:
-        assert_same(archive["weight"], small_state()["weight"])
-        assert archive.verify().unchecked == ()
-
-
-def test_a_text_file_is_a_type_error(path):
-    fastsd.save(small_state(), path)
-    with open(path, encoding="latin-1") as file, pytest.raises(TypeError, match="binary"):
-        fastsd.load(file)
-
-
-@pytest.mark.parametrize("source", [None, 3, object()])
-def test_a_source_that_is_no_file_is_a_type_error(source):
-    with pytest.raises(TypeError, match="path or a binary file object"):
-        fastsd.load(source)
-
-
-def test_errors_of_the_file_object_come_through():
-    class Broken:
-        def write(self, data):
-            raise OSError(28, "full")
-
-        def read(self, count):
-            raise OSError(5, "broken")
-
-    with pytest.raises(OSError, match="full"):
-        fastsd.save(small_state(), Broken())
-    with pytest.raises(OSError, match="broken"):
-        fastsd.load(Broken())
-
-
-def test_a_file_object_that_takes_nothing_is_an_error():
-    """Rather than a loop without end."""
-
-    class Stuck:
-        calls = 0
-
-        def write(self, data):
-            self.calls += 1
-            assert self.calls < 1000, "still trying"
-            return 0
-
-    with pytest.raises(OSError):  # noqa: PT011 - whatever it says
-        fastsd.save(small_state(), Stuck())
-
-
-def test_a_truncated_stream_is_a_format_error():
-    file = io.BytesIO()
-    fastsd.save(small_state(), file)
-    for nbytes in (0, 10, 47, 48, 100, len(file.getvalue()) - 1):
-        with pytest.raises(fastsd.FormatError):
-            fastsd.load(io.BytesIO(file.getvalue()[:nbytes]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from fastsd import _core
 from fastsd.archive import Archive
-from fastsd.errors import FormatError
+from fastsd.errors import EmptyError, FormatError
 from fastsd.files import MAGIC, Source
 
 ROOT_IS_ORDERED_DICT = 1  # a flag of the file
@@ -30,9 +29,13 @@ class Section(IntEnum):
 def open_reader(source: Source, mmap: bool | None) -> _core.Reader:
     """Reads and validates a file's header. Raises FormatError with the likely cause, or OSError."""
     try:
-        return _core.Reader(source.path, source.name, mmap)
+        return source.open(mmap)
     except FormatError as error:
-        cause = find_cause(source.path)
+        first = source.peek()
+        if not first:
+            detail = "it is empty, or was read to its end: an interrupted copy or download?"
+            raise EmptyError(detail, path=error.path) from None
+        cause = find_cause(first)
         if cause:
             raise type(error)(f"{error.detail}; {cause}", path=error.path) from None
         raise
@@ -57,16 +60,8 @@ _OTHERS = (
 )
 
 
-def find_cause(path: str | bytes) -> str | None:
-    """What a file is that is not in this format; None if it is, or cannot be told."""
-    try:
-        with open(path, "rb") as file:
-            first = file.read(32)
-            size = os.fstat(file.fileno()).st_size
-    except OSError:
-        return None
-    if size == 0:
-        return "it is empty: an interrupted copy or download?"
+def find_cause(first: bytes) -> str | None:
+    """What a file with these first bytes is, if not in this format; None if it cannot be told."""
     if first.startswith(MAGIC):
         return None
     if not any(first):

@@ -144,7 +144,8 @@ TEST(file_may_be_read_ahead) {
   std::string target(100000, '-');
   file.read_at(target.data(), target.size(), 0);
   CHECK(target == std::string(100000, 'x'));
-  static_cast<void>(file.is_cached());
+  static_cast<void>(file.is_cached(0, 50000));
+  static_cast<void>(file.is_cached(99999, 1));
 }
 
 TEST(file_tells_when_it_ended_early) {
@@ -206,6 +207,60 @@ TEST(file_systems_are_known_by_their_numbers) {
   CHECK(File(folder.path("f")).file_system().name != nullptr);
 }
 
+// As seen by a file that starts later, and by memory that stands for one.
+TEST(file_may_start_anywhere) {
+  const Folder folder;
+  const std::string path = folder.path("f");
+  std::string content(20000, '-');
+  for (std::size_t i = 0; i < content.size(); ++i) content[i] = static_cast<char>(i % 251);
+  write_whole(path, content);
+  const File whole(path);
+  const std::shared_ptr<Memory> memory = Memory::allocate(content.size());
+  for (const std::uint64_t begin : {0U, 1U, 64U, 4095U, 4096U, 5000U, 19999U, 20000U, 30000U}) {
+    const std::string expected = content.substr(std::min<std::size_t>(begin, content.size()));
+    const File file(whole.descriptor(), "name", begin);
+    expected.copy(reinterpret_cast<char*>(memory->data()), expected.size());
+    const File copy(memory, expected.size(), "name", begin);
+    for (const File* each : {&file, &copy}) {
+      CHECK(each->name() == "name" && each->begin() == begin);
+      if (!CHECK(each->bytes() == expected.size())) return;
+      std::string all(expected.size(), '?');
+      each->read_at(all.data(), all.size(), 0);
+      CHECK(all == expected);
+      char byte = 0;
+      CHECK_THROWS((each->read_at(&byte, 1, expected.size()), 0), Failure::kTruncated);
+      if (expected.size() < 3) continue;
+      each->read_at(&byte, 1, 2);
+      CHECK(byte == expected[2]);
+      std::byte targets[2];
+      const File::Piece pieces[] = {{targets, 1, 0}, {targets + 1, 1, expected.size() - 1}};
+      each->read_run(pieces, 2);
+      CHECK(char(targets[0]) == expected.front() && char(targets[1]) == expected.back());
+    }
+  }
+}
+
+TEST(file_has_a_descriptor_of_its_own) {
+  const Folder folder;
+  const std::string path = folder.path("f");
+  write_whole(path, "content");
+  std::optional<File> first(path);
+  const File second(first->descriptor(), "second", 3);
+  first.reset();
+  char byte = 0;
+  second.read_at(&byte, 1, 0);
+  CHECK(byte == 't');
+  CHECK_THROWS(File(-1, "none", 0), Failure::kSystem);
+  const int folder_descriptor = ::open(folder.path(".").c_str(), O_RDONLY | O_DIRECTORY);
+  CHECK_THROWS(File(folder_descriptor, "folder", 0), Failure::kSystem);
+  ::close(folder_descriptor);
+  int pipe[2];
+  CHECK(::pipe(pipe) == 0);
+  CHECK_THROWS(File(pipe[0], "pipe", 0), Failure::kUnsupported);
+  ::close(pipe[0]);
+  ::close(pipe[1]);
+}
+
 // ---- Memory ----
 
 TEST(memory_is_aligned) {
@@ -242,6 +297,43 @@ TEST(memory_mapped_is_private_and_outlives_its_file) {
   CHECK(memory->data()[9999] == std::byte{'y'} && memory->data()[0] == std::byte{'x'});
   CHECK(other->data()[9999] == std::byte{'x'});
   CHECK(read_whole(path) == std::string(10000, 'x'));
+}
+
+TEST(memory_may_be_mapped_from_any_byte) {
+  const Folder folder;
+  const std::string path = folder.path("f");
+  std::string content(20000, '-');
+  for (std::size_t i = 0; i < content.size(); ++i) content[i] = static_cast<char>(i % 251);
+  write_whole(path, content);
+  const File whole(path);
+  for (const std::uint64_t begin : {0U, 1U, 64U, 4095U, 4096U, 4160U, 19999U}) {
+    const File file(whole.descriptor(), path, begin);
+    const std::shared_ptr<Memory> memory = Memory::map(file, file.bytes());
+    CHECK(reinterpret_cast<std::uintptr_t>(memory->data()) % 4096 == begin % 4096);
+    memory->data()[0] ^= std::byte{1};
+    memory->data()[0] ^= std::byte{1};
+    CHECK(std::string(reinterpret_cast<char*>(memory->data()), file.bytes()) ==
+          content.substr(begin));
+  }
+}
+
+// What is given back reads as zeros while the rest is there.
+TEST(memory_is_given_back_in_parts) {
+  const std::uint64_t bytes = 4U << 20U;
+  std::shared_ptr<Memory> memory = Memory::allocate(bytes);
+  const std::byte* data = memory->data();
+  std::fill_n(memory->data(), bytes, std::byte{1});
+  std::shared_ptr<const void> first = Memory::own_part(memory, 100, 1U << 20U);
+  std::shared_ptr<const void> small = Memory::own_part(memory, 3U << 20U, 4096);
+  const std::shared_ptr<const void> last = Memory::own_part(memory, 2U << 20U, 1U << 20U);
+  memory.reset();
+  small.reset();
+  first.reset();
+  const std::byte* end = data + (1U << 20U) + 100;
+  CHECK(std::all_of(data, data + 4096, [](std::byte b) { return b == std::byte{1}; }));
+  CHECK(
+      std::all_of(data + 4096, data + (1U << 20U), [](std::byte b) { return b == std::byte{0}; }));
+  CHECK(std::all_of(end - 100, data + bytes, [](std::byte b) { return b == std::byte{1}; }));
 }
 
 // ---- AtomicFile ----

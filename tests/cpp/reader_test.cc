@@ -148,6 +148,167 @@ TEST(reader_gives_bytes_that_outlive_it) {
   CHECK(Reader(path, Access::kMap).find_damage(nullptr).empty());
 }
 
+// A stream that gives what a string has, in pieces of varied sizes.
+class StringStream {
+ public:
+  explicit StringStream(const std::string& content) : content_(&content) {}
+
+  ReadSome read_some() {
+    return [this](const Bytes& target, std::size_t room) {
+      CHECK(room > 0 && target.owner != nullptr);
+      const std::size_t bytes = std::min({room, content_->size() - position_, next_bytes_});
+      content_->copy(reinterpret_cast<char*>(target.data), bytes, position_);
+      position_ += bytes;
+      next_bytes_ = next_bytes_ * 5 % 999983 + 1;
+      return bytes;
+    };
+  }
+
+  std::uint64_t position() const { return position_; }
+
+ private:
+  const std::string* content_;
+  std::size_t position_ = 0;
+  std::size_t next_bytes_ = 1;
+};
+
+void check_same_bytes(const Reader& reader, const std::string& archive) {
+  const std::vector<Bytes> all = reader.bytes_of(every_storage(reader), nullptr);
+  if (!CHECK(all.size() == reader.index().storages.size())) return;
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    const StorageRecord& storage = reader.index().storages[i];
+    const std::uint64_t bytes = stored_bytes(storage);
+    CHECK(all[i].owner != nullptr);
+    CHECK(text(all[i], bytes) == archive.substr(bytes > 0 ? storage.offset : 0, bytes));
+    CHECK(reinterpret_cast<std::uintptr_t>(all[i].data) % kMapAlignBytes == 0);
+  }
+}
+
+// Mapped where that gives aligned tensors, and never more than the archive.
+TEST(reader_reads_archives_that_start_anywhere) {
+  const Folder folder;
+  const std::string path = folder.path("f");
+  sample().write(path);
+  const std::string archive = read_whole(path);
+  for (const std::size_t begin : {0U, 1U, 32U, 64U, 4095U, 4096U, 10048U, 70001U}) {
+    for (const std::string& behind : {std::string(), std::string(5000, 'b')}) {
+      std::string content(begin, 'a');
+      content.append(archive).append(behind);
+      write_whole(path, content);
+      const File file(path);
+      for (const Access access : {Access::kMap, Access::kRead}) {
+        const Reader reader(file.descriptor(), path, begin, access);
+        const bool is_mapped = access == Access::kMap && begin % kMapAlignBytes == 0;
+        CHECK((reader.mapping() != nullptr) == is_mapped);
+        const std::uint64_t header_bytes = reader.header().preamble().header_bytes;
+        CHECK(text(reader.bytes(0, 7, 9, nullptr), 2) == archive.substr(header_bytes + 7, 2));
+        CHECK(reader.find_damage(nullptr).empty());
+        check_same_bytes(reader, archive);
+        const Prefetch prefetch(reader, every_storage(reader));
+      }
+    }
+  }
+}
+
+TEST(reader_reads_streams_and_not_a_byte_more) {
+  const Folder folder;
+  const std::string path = folder.path("f");
+  sample().write(path);
+  const std::string archive = read_whole(path);
+  const std::string content = archive + std::string(5000, 'b');
+  for (const std::uint64_t bytes : {std::uint64_t{UINT64_MAX}, std::uint64_t{content.size()}}) {
+    StringStream stream(content);
+    const Reader reader(stream.read_some(), "stream", 77, bytes);
+    CHECK(stream.position() == archive.size());
+    CHECK(reader.mapping() == nullptr);
+    CHECK(reader.file().begin() == 77 && reader.file().name() == "stream");
+    const Bytes copy = reader.bytes(0, 7, 9, nullptr);
+    copy.data[0] ^= std::byte{1};  // a copy of what is kept
+    CHECK(reader.find_damage(nullptr).empty());
+    check_same_bytes(reader, archive);
+  }
+}
+
+TEST(reader_gives_bytes_of_a_stream_that_outlive_it) {
+  const Folder folder;
+  const std::string path = folder.path("f");
+  sample().write(path);
+  const std::string archive = read_whole(path);
+  std::vector<Bytes> all;
+  {
+    StringStream stream(archive);
+    const Reader reader(stream.read_some(), "stream", 0, UINT64_MAX);
+    all = reader.bytes_of(every_storage(reader), nullptr);
+  }
+  const Bytes last = all.back();
+  all.clear();  // gives the memory of the others back
+  CHECK(text(last, 300000) == archive.substr(archive.size() - 300000));
+}
+
+TEST(reader_tells_of_archives_cut_short_where_they_start) {
+  const Folder folder;
+  const std::string path = folder.path("f");
+  sample().write(path);
+  const std::string archive = read_whole(path);
+  const auto detail_of = [](const auto& open) -> std::string {
+    try {
+      open();
+    } catch (const Error& error) {
+      CHECK(error.path == "name" && error.kind == Failure::kTruncated);
+      return error.what();
+    }
+    return "";
+  };
+  for (const std::size_t bytes : {8U, 47U, 48U, 4095U, 4096U, 100000U}) {
+    const std::string cut = archive.substr(0, bytes);
+    write_whole(path, std::string(64, 'a') + cut);
+    const File file(path);
+    const std::string of_file =
+        detail_of([&] { return Reader(file.descriptor(), "name", 64, Access::kMap); });
+    CHECK(of_file.find("has " + std::to_string(bytes) + " bytes") != std::string::npos);
+    CHECK(of_file.find("from byte 64") != std::string::npos);
+    for (const std::uint64_t known : {std::uint64_t{UINT64_MAX}, std::uint64_t{bytes}}) {
+      StringStream stream(cut);
+      CHECK(detail_of([&] { return Reader(stream.read_some(), "name", 64, known); }) == of_file);
+      CHECK(known == UINT64_MAX || stream.position() <= sizeof(Preamble));
+    }
+  }
+}
+
+// A stream that stays open must not be waited for once its archive is known to be none.
+TEST(reader_stops_reading_a_stream_that_is_wrong) {
+  const Folder folder;
+  const std::string path = folder.path("f");
+  sample().write(path);
+  std::string archive = read_whole(path);
+  const auto position_after = [&](Failure failure) {
+    StringStream stream(archive);
+    CHECK_THROWS(Reader(stream.read_some(), "name", 0, UINT64_MAX), failure);
+    return stream.position();
+  };
+  archive[1000] ^= 1;  // in the header
+  const std::uint64_t header_bytes = sample().plan().header_bytes();
+  CHECK(position_after(Failure::kFormat) == header_bytes);
+  archive[8] ^= 2;  // the version
+  CHECK(position_after(Failure::kVersion) == sizeof(Preamble));
+  archive[0] ^= 1;
+  CHECK(position_after(Failure::kFormat) == sizeof(Preamble));
+}
+
+TEST(reader_gives_some_storages_of_a_stream) {
+  const Folder folder;
+  const std::string path = folder.path("f");
+  sample().write(path);
+  const std::string archive = read_whole(path);
+  StringStream stream(archive);
+  const Reader reader(stream.read_some(), "stream", 0, UINT64_MAX);
+  std::vector<bool> is_wanted = every_storage(reader);
+  is_wanted.front() = false;
+  const std::vector<Bytes> some = reader.bytes_of(is_wanted, nullptr);
+  CHECK(some.front().owner == nullptr);
+  CHECK(text(some.back(), 300000) == archive.substr(archive.size() - 300000));
+}
+
 // Headers come with one read if they are small, and with two if not.
 TEST(reader_reads_headers_of_any_size) {
   const Folder folder;

@@ -1,6 +1,6 @@
 """fastsd: the fastest safe way to keep PyTorch weights in a file."""
 
-from fastsd.api import load, load_into, open, save
+from fastsd.api import get_unsafe_globals_in_checkpoint, load, load_into, open, save
 from fastsd.archive import Archive, TensorInfo, TensorSlice, Verification
 from fastsd.errors import (
     ChecksumError,
@@ -30,6 +30,7 @@ __all__ = [
     "UnsupportedError",
     "Verification",
     "VersionError",
+    "get_unsafe_globals_in_checkpoint",
     "load",
     "load_into",
     "open",

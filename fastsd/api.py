@@ -18,8 +18,8 @@ from fastsd.files import encode_path, is_path, is_stream_path, open_source, writ
 from fastsd.formats import fsd
 from fastsd.into import Target
 from fastsd.names import Choice, NameRules, Rename, Select
-from fastsd.placement import find_restore, skips_data
-from fastsd.tensors import CPU, Describer
+from fastsd.placement import asks_packages, find_restore, skips_data
+from fastsd.tensors import CPU, Describer, warn_of_hooks
 
 PathOrFile = str | os.PathLike[str] | IO[bytes]
 Verify = Literal["structure", "checksums"]
@@ -92,11 +92,14 @@ def _make_plan(
     obj: object, metadata: Mapping[str, str] | None, pickle_module: Any, pickle_protocol: int | None
 ) -> _core.Plan:
     sections = [(fsd.Section.METADATA, fsd.encode_metadata(dict(metadata)))] if metadata else []
-    if not skips_data():
+    if not (skips_data() or asks_packages()):
         try:
             return _plan_plain(obj, sections)
         except NotPlainError:
             pass
+        except UnsupportedError:
+            pickled.dump(obj, pickle_module, pickle_protocol)  # where torch refuses, its error
+            raise
     return _plan_pickled(pickled.dump(obj, pickle_module, pickle_protocol), sections)
 
 
@@ -110,6 +113,7 @@ def _plan_plain(obj: object, sections: list[tuple[fsd.Section, bytes]]) -> _core
     if flat.state_metadata is not None:
         sections.append((fsd.Section.STATE_METADATA, flat.state_metadata))
     plan.finish(fsd.ROOT_IS_ORDERED_DICT * flat.is_ordered, describer.devices, sections)
+    warn_of_hooks(flat.tensors)
     return plan
 
 
@@ -345,3 +349,17 @@ def open(f: PathOrFile, device: torch.device | str = CPU, *, mmap: bool | None =
     """
     with open_source(f) as source:
         return fsd.open_archive(source, mmap, device)
+
+
+def get_unsafe_globals_in_checkpoint(f: PathOrFile) -> list[str]:
+    """The classes and functions that a file names and `load` would refuse with weights_only=True.
+
+    In place of torch.serialization.get_unsafe_globals_in_checkpoint: names such as "package.Class",
+    without those that are allowed now, sorted; none for a file without a pickle. Nothing is
+    unpickled or imported. Raises UnpicklingError for a pickle that weights_only could not read
+    anyway, and what `open` raises.
+    """
+    with open_source(f) as source:
+        reader = fsd.open_reader(source, None)
+    stream = reader.section(fsd.Section.PICKLE)
+    return [] if stream is None else pickled.find_unsafe_globals(stream, reader.name)

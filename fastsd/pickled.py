@@ -9,13 +9,17 @@ every release since 2.1, and tested.
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 import pickle
 import re
+import struct
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -26,6 +30,8 @@ from fastsd import _core
 from fastsd.archive import load_tensors
 from fastsd.errors import FormatError
 from fastsd.names import NameRules
+from fastsd.nesting import check_nesting
+from fastsd.placement import fakes_tensors, skips_data
 from fastsd.tensors import CPU, StorageRecord, TensorRecord
 
 _STREAM = "data.pkl"
@@ -138,10 +144,69 @@ def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling
         return serialization._load(records, map_location, module, **load_args)
     if how.load_args:
         warnings.warn("pickle_load_args only works if `weights_only=False`.", stacklevel=4)
+    # Sparse tensors are listed by torch for all threads together.
+    lock = _sparse_lock if b"sparse" in stream else nullcontext()
     try:
-        return serialization._load(records, map_location, _weights_only_unpickler, **load_args)
+        check_nesting(stream)
+        with lock:
+            return serialization._load(records, map_location, _Restricted, **load_args)
     except pickle.UnpicklingError as error:
         raise pickle.UnpicklingError(_explain(reader.name, str(error))) from None
+    except Exception as error:
+        if not _is_from_torch(error):
+            raise  # what a map_location, or a class that was declared safe, has to say
+        if type(error) in (RuntimeError, ValueError):
+            raise type(error)(f"{reader.name}: {error}") from error
+        detail = f"section pickle is damaged: {type(error).__name__}: {error}"
+        raise pickle.UnpicklingError(f"{reader.name}: {detail}") from error
+
+
+def _is_from_torch(error: BaseException) -> bool:
+    """Whether it was raised in torch's unpickling itself, rather than in what that has called."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and place.tb_frame.f_globals.get("__name__") in _UNPICKLING
+
+
+_UNPICKLING = {"torch._weights_only_unpickler", "torch.serialization", "torch._utils"}
+_sparse_lock = threading.Lock()
+
+
+class _Unpickler(_weights_only_unpickler.Unpickler):
+    """torch's restricted unpickler, which leaves sparse tensors unchecked unless it is told to.
+
+    Their indices may then lie outside of them, and what uses them would write anywhere.
+    """
+
+    def load(self) -> Any:
+        unchecked = torch._utils._sparse_tensors_to_validate
+        try:
+            obj = super().load()  # type: ignore[no-untyped-call]
+            if unchecked and not (skips_data() or fakes_tensors()):
+                _check_sparse(unchecked)
+            return obj
+        finally:
+            unchecked.clear()  # or else the next file would have to answer for them
+
+
+def _check_sparse(unchecked: list[torch.Tensor]) -> None:
+    """Raises RuntimeError for indices that lie outside of their tensors."""
+    unchecked[:] = [tensor for tensor in unchecked if tensor.device.type != "meta"]
+    # That they are sorted harms nobody, and does not hold for what was saved under skip_data.
+    coalesced = [t for t in unchecked if t.layout == torch.sparse_coo and t.is_coalesced()]
+    for tensor in coalesced:
+        tensor._coalesced_(False)
+    with torch.sparse.check_sparse_tensor_invariants():
+        torch._utils._validate_loaded_sparse_tensors()
+    for tensor in coalesced:
+        tensor._coalesced_(True)
+
+
+class _Restricted:
+    """What torch takes for a module to unpickle with."""
+
+    Unpickler = _Unpickler
 
 
 def choose(obj: object, rules: NameRules, path: str) -> dict[str, torch.Tensor]:
@@ -196,6 +261,8 @@ _TRUST = (
 def _explain(path: str, message: str) -> str:
     """torch's message, with what can be done about it."""
     text = f"{path}: Weights only load failed. "
+    if "must be imported to load" in message:
+        return f"{text}{message}\n{_TRUST}"
     if re.search(r"GLOBAL (\S+) was not an allowed global by default", message):
         text += (
             "This file can still be loaded; to do so you have two options:\n"
@@ -203,8 +270,21 @@ def _explain(path: str, message: str) -> str:
             "\t(2) To keep `weights_only=True`, allow what is missing, as this message says: "
         )
     else:
-        text += f"{_TRUST}\n"
+        text += (
+            f"{_TRUST}\nIf it should load without, file an issue with the following so that we can "
+            "make `weights_only=True` compatible with it: "
+        )
     return f"{text}WeightsUnpickler error: {message}"
+
+
+def find_unsafe_globals(stream: bytes, path: str) -> list[str]:
+    """What a stream refers to by name and the restricted unpickler does not allow now."""
+    try:
+        found = _weights_only_unpickler.get_globals_in_pkl(io.BytesIO(stream))
+    except (pickle.UnpicklingError, EOFError, LookupError, ValueError, struct.error) as error:
+        raise pickle.UnpicklingError(f"{path}: {type(error).__name__}: {error}") from error
+    allowed = _weights_only_unpickler._get_allowed_globals().keys()
+    return sorted(found - allowed - _weights_only_unpickler._get_user_allowed_globals().keys())
 
 
 class _Records:

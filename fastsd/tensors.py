@@ -14,6 +14,7 @@ import torch
 import torch.utils.dlpack
 from torch.serialization import location_tag
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.hooks import warn_if_has_hooks
 
 from fastsd import _core
 from fastsd.errors import FormatError, NotPlainError, UnsupportedError
@@ -194,11 +195,26 @@ def check_within_storage(name: str, tensor: torch.Tensor, storage: torch.Untyped
         )
 
 
+def warn_of_hooks(values: Iterable[torch.Tensor | np.ndarray]) -> None:
+    """Warns of backward hooks, which are not saved, as torch.save does (not of parameters')."""
+    for value in [value for value in values if getattr(value, "_backward_hooks", None)]:
+        if not isinstance(value, torch.nn.Parameter):
+            warn_if_has_hooks(value)
+
+
 def extent_items(shape: Sequence[int], stride: Sequence[int]) -> int:
     """How many items a strided view reaches over, from its first to its last."""
     if 0 in shape:
         return 0
     return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+
+
+def to_array(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's memory as an array, which no mode may make a fake one."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return tensor.numpy()
+    with _disable_current_modes():
+        return tensor.numpy()
 
 
 def view_storage(

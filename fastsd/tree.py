@@ -23,7 +23,7 @@ import torch
 
 from fastsd.errors import FormatError, NotPlainError
 from fastsd.formats.fsd import Section, decode_json
-from fastsd.tensors import is_numpy_native
+from fastsd.tensors import is_numpy_native, to_array
 
 _INT_MAX = 2**53 - 1  # what every JSON reader keeps exact
 _DEPTH_MAX = 250  # of containers: each is up to seven deep in JSON, of which 2000 can be read
@@ -511,7 +511,7 @@ class _Decoder:
         return self._tensors[index]
 
     def _decode_array(self, node: Any) -> np.ndarray:
-        array: np.ndarray = self._decode_tensor(_expect(node, list)[0]).numpy()
+        array = to_array(self._decode_tensor(_expect(node, list)[0]))
         if len(node) == 1:
             return array
         _, descr, shape = node

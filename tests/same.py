@@ -3,19 +3,28 @@
 import io
 import struct
 from collections import OrderedDict
+from enum import Enum
+from types import FunctionType
+from weakref import ReferenceType
 
 import numpy as np
 import torch
+from torch import SymInt, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 import fastsd
 
-MUTABLE = (list, dict, set, bytearray, np.ndarray, torch.Tensor)
+STORAGES = (torch.TypedStorage, torch.UntypedStorage)
+MUTABLE = (list, dict, set, bytearray, np.ndarray, torch.Tensor, nn.Module)
+
+WITHOUT_ATTRIBUTES = (np.generic, type, Enum, FunctionType, ReferenceType, SymInt, *STORAGES)
 
 
 def assert_same(found, wanted):
     """Fails unless both have the same nesting, types, order, bits and identities.
 
     Strides of numpy arrays may differ, and which tensors share a storage: see `shares_storage`.
+    Objects of other classes are compared by their attributes.
     """
     _Comparison().compare(found, wanted, "")
 
@@ -34,8 +43,17 @@ class _Comparison:
             assert self.twins.setdefault(~id(wanted), id(found)) == id(found), place
             if known:
                 return
-        if isinstance(wanted, torch.Tensor):
+        if isinstance(wanted, UninitializedTensorMixin):
+            assert (found.dtype, found.device) == (wanted.dtype, wanted.device), place
+        elif isinstance(wanted, torch.Tensor):
             compare_tensors(found, wanted, place)
+        elif isinstance(wanted, ReferenceType):
+            self.compare(found(), wanted(), place)
+        elif isinstance(wanted, STORAGES):
+            compare_storages(found, wanted, place)
+        elif isinstance(wanted, (np.ndarray, np.generic)) and wanted.dtype.hasobject:
+            assert found.dtype == wanted.dtype, place
+            self.compare(found.tolist(), wanted.tolist(), place)
         elif isinstance(wanted, (np.ndarray, np.generic)):
             assert found.dtype == wanted.dtype, place
             assert found.dtype.fields == wanted.dtype.fields, place
@@ -53,32 +71,83 @@ class _Comparison:
             self.compare(sorted(found, key=repr), sorted(wanted, key=repr), place)
         elif isinstance(wanted, (float, complex)):
             assert bits(found) == bits(wanted), place
-        else:
-            assert found == wanted, place
-        if not isinstance(wanted, np.generic):
-            attributes = getattr(found, "__dict__", {}), getattr(wanted, "__dict__", {})
+        elif isinstance(wanted, SymInt):
+            pass  # the sizes of jagged tensors, each of which has one of its own
+        elif not own_attributes(wanted) or isinstance(wanted, WITHOUT_ATTRIBUTES):
+            assert found == wanted or type(wanted).__eq__ is object.__eq__, place
+        if not isinstance(wanted, WITHOUT_ATTRIBUTES):
+            attributes = own_attributes(found), own_attributes(wanted)
             if any(attributes):
                 self.compare(*attributes, f"attributes of {place}")
 
 
+def own_attributes(value):
+    slots = [name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ())]
+    own = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return {**getattr(value, "__dict__", {}), **own}
+
+
+def compare_storages(found, wanted, place=""):
+    assert found.device == wanted.device, place
+    assert getattr(found, "dtype", None) == getattr(wanted, "dtype", None), place
+    assert found.nbytes() == wanted.nbytes(), place
+    if found.device.type != "meta":
+        pair = (torch.empty(0, dtype=torch.uint8).set_(s.untyped()) for s in (found, wanted))
+        assert torch.equal(*pair), place
+
+
 def compare_tensors(found, wanted, place=""):
     assert describe(found) == describe(wanted), place
-    if not wanted.is_meta:
+    for part, twin in zip(parts(found), parts(wanted), strict=True):
+        compare_tensors(part, twin, place)
+    if not wanted.is_nested and has_bytes(wanted):
         assert raw(found) == raw(wanted), place
 
 
 def describe(tensor):
     """All that a file keeps of a tensor, except its bytes."""
+    is_nested = tensor.is_nested  # and has no shape of its own, but those of its parts
     return {
         "dtype": tensor.dtype,
-        "shape": tensor.shape,
-        "stride": tensor.stride(),
+        "rank": tensor.dim(),
+        "shape": None if is_nested else tensor.shape,
+        "stride": tensor.stride() if tensor.layout == torch.strided and not is_nested else None,
         "device": tensor.device,
         "layout": tensor.layout,
         "requires_grad": tensor.requires_grad,
         "conj": tensor.is_conj(),
         "neg": tensor.is_neg(),
+        "quantizer": quantizer(tensor) if tensor.is_quantized else None,
+        "coalesced": tensor.layout == torch.sparse_coo and tensor.is_coalesced(),
     }
+
+
+def has_bytes(tensor):
+    """Whether elements lie in memory at strides of their own; not so in wrappers, for one."""
+    try:
+        return tensor.untyped_storage().data_ptr() != 0
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def quantizer(tensor):
+    if tensor.qscheme() == torch.per_tensor_affine:
+        return (tensor.qscheme(), tensor.q_scale(), tensor.q_zero_point())
+    scales, zero_points = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+    return (tensor.qscheme(), scales.tolist(), zero_points.tolist(), tensor.q_per_channel_axis())
+
+
+def parts(tensor):
+    """The strided tensors that one of another layout is made of."""
+    if tensor.is_nested:
+        return tensor.detach().unbind()
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return ()
 
 
 def raw(tensor):

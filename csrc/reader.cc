@@ -103,9 +103,9 @@ Reader::Reader(const ReadSome& read_some, const std::string& name, std::uint64_t
 }
 
 void Reader::read_header(bool is_whole_file) {
-  // The header is read, not mapped: what has been validated must not change afterwards. Most
-  // headers come with the first read.
-  constexpr std::size_t first_bytes_max = 16384;
+  // The header is read, not mapped: what has been validated must not change afterwards. That of a
+  // small file comes with the first read.
+  constexpr std::size_t first_bytes_max = 4096;
   alignas(8) unsigned char first[first_bytes_max];
   const auto first_bytes =
       static_cast<std::size_t>(std::min<std::uint64_t>(first_bytes_max, file_.bytes()));

@@ -20,6 +20,7 @@
 #include "file.h"
 #include "format.h"
 #include "json.h"
+#include "nesting.h"
 #include "plan.h"
 #include "reader.h"
 #include "tensor.h"
@@ -364,6 +365,13 @@ void register_json(py::module_& module) {
       py::arg("text"), py::arg("tensors"), py::arg("decode"));
 }
 
+void register_nesting(py::module_& module) {
+  module.def(
+      "find_bad_nesting",
+      [](const py::bytes& stream) { return find_bad_nesting(std::string_view(stream)); },
+      py::arg("stream"));
+}
+
 void register_plan(py::module_& module) {
   py::class_<TensorPlan>(module, "Plan")
       .def(py::init<const py::list&, const py::list&, const py::function&>(), py::arg("names"),
@@ -451,6 +459,7 @@ PYBIND11_MODULE(_core, module) {
   fastsd::register_torch(module);
   fastsd::register_checksum(module);
   fastsd::register_json(module);
+  fastsd::register_nesting(module);
   fastsd::register_plan(module);
   fastsd::register_reader(module);
   fastsd::register_file_systems(module);

@@ -36,6 +36,10 @@ def parse_json(text: bytes, tensors: list[Any], decode: Callable[[str, Any], Any
     there are no nodes. Raises ValueError and RecursionError, with the place in bytes, and what
     ``decode`` raises. Collecting garbage is paused meanwhile."""
 
+def find_bad_nesting(stream: bytes) -> str | None:
+    """What is wrong with a pickle stream in which tuples are nested so deeply, or so often within
+    each other, that hashing them would end the process or never end; None if nothing is."""
+
 def file_system(path: str | bytes) -> tuple[str, bool]:
     """Name of the file system that holds a file, and whether it is mapped by default."""
 

@@ -30,7 +30,6 @@ from fastsd import _core
 from fastsd.archive import load_tensors
 from fastsd.errors import FormatError
 from fastsd.names import NameRules
-from fastsd.nesting import check_nesting
 from fastsd.placement import fakes_tensors, skips_data
 from fastsd.tensors import CPU, StorageRecord, TensorRecord
 
@@ -147,7 +146,9 @@ def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling
     # Sparse tensors are listed by torch for all threads together.
     lock = _sparse_lock if b"sparse" in stream else nullcontext()
     try:
-        check_nesting(stream)
+        problem = _core.find_bad_nesting(stream)
+        if problem:
+            raise pickle.UnpicklingError(problem)
         with lock:
             return serialization._load(records, map_location, _Restricted, **load_args)
     except pickle.UnpicklingError as error:

@@ -27,8 +27,9 @@ CPP_ALLOWED: dict[str, set[str]] = {
     "reader": {"format", "file", "checksum", "workers"},
     "pyobject": set(),
     "json": {"pyobject"},
+    "nesting": set(),
     "tensor": {"format", "file", "dtype", "pyobject"},
-    "bindings": {"writer", "reader", "json", "tensor"},
+    "bindings": {"writer", "reader", "json", "nesting", "tensor"},
 }
 # The only parts that may include pybind11.
 CPP_PYBIND11 = {"bindings"}
@@ -45,8 +46,7 @@ PYTHON_ALLOWED: dict[str, set[str]] = {
     "placement": {"formats"},
     "names": {"errors"},
     "into": {"errors"},
-    "nesting": set(),
-    "pickled": {"formats", "names", "nesting", "placement", "_core"},
+    "pickled": {"formats", "names", "placement", "_core"},
     "api": {"files", "tree", "placement", "pickled", "names", "into", "_core"},
     "convert": {"api"},
     "__init__": {"convert"},

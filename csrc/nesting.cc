@@ -1,0 +1,256 @@
+#include "nesting.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <unordered_map>
+#include <vector>
+
+namespace fastsd {
+namespace {
+
+constexpr std::uint64_t kDepthMax = 1000;  // tuples in tuples; Python itself pickles no more
+
+// How many tuples hashing one may visit, each as often as it is referred to, beyond those in the
+// stream; and the same for all keys of dictionaries together.
+constexpr std::uint64_t kCostMax = 100'000;
+constexpr std::uint64_t kKeysCostMax = 10'000'000;
+
+// A value on the stack: zeros for what hashing does not look into.
+struct Value {
+  std::uint64_t depth = 0;
+  std::uint64_t cost = 0;
+};
+
+class Walk {
+ public:
+  explicit Walk(std::string_view stream) : stream_(stream) {}
+
+  const char* run() {
+    while (problem_ == nullptr && !is_over_ && at_ < stream_.size()) {
+      const auto op = static_cast<unsigned char>(stream_[at_++]);
+      if (!constant(op) && !memo(op) && !tuple(op)) effect(op);
+    }
+    return problem_;
+  }
+
+ private:
+  // Opcodes that push something without looking at the stack.
+  bool constant(unsigned char op) {
+    switch (op) {
+      case 'N':
+      case ')':
+      case ']':
+      case '}':
+      case 0x88:  // NEWTRUE
+      case 0x89:  // NEWFALSE
+      case 0x8F:  // EMPTY_SET
+        return push_constant(0);
+      case 'K':
+        return push_constant(1);
+      case 'M':
+        return push_constant(2);
+      case 'J':
+        return push_constant(4);
+      case 'G':
+        return push_constant(8);
+      case 'X':  // BINUNICODE
+        return push_constant(read_number(4));
+      case 'U':   // SHORT_BINSTRING
+      case 0x8A:  // LONG1
+        return push_constant(read_number(1));
+      case 'c':  // GLOBAL: two lines
+        skip_line();
+        skip_line();
+        return push_constant(0);
+      default:
+        return false;
+    }
+  }
+
+  bool memo(unsigned char op) {
+    switch (op) {
+      case 'q':
+        return put(read_number(1));
+      case 'r':
+        return put(read_number(4));
+      case 'h':
+        return get(read_number(1));
+      case 'j':
+        return get(read_number(4));
+      default:
+        return false;
+    }
+  }
+
+  bool tuple(unsigned char op) {
+    switch (op) {
+      case 't':
+        push_tuple(take_mark());
+        return true;
+      case 0x85:
+      case 0x86:
+      case 0x87: {
+        const std::size_t count = op - 0x84U;
+        if (stack_.size() - base() < count)
+          is_over_ = true;
+        else
+          push_tuple(stack_.size() - count);
+        return true;
+      }
+      default:
+        return false;
+    }
+  }
+
+  void effect(unsigned char op) {
+    switch (op) {
+      case 0x80:  // PROTO
+        skip(1);
+        break;
+      case '(':
+        marks_.push_back(stack_.size());
+        break;
+      case 'R':
+      case 0x81: {  // NEWOBJ: a named tuple, for one, is hashed as the tuple of its arguments
+        const Value arguments = pop();
+        pop();
+        stack_.push_back(arguments);
+        break;
+      }
+      case 'a':
+      case 'b':
+        pop();
+        break;
+      case 'e':
+        stack_.resize(take_mark());
+        break;
+      case 's':
+        pop();
+        use_keys(pop().cost);
+        break;
+      case 'u': {
+        const std::size_t first = take_mark();
+        std::uint64_t cost = 0;
+        for (std::size_t i = first; i < stack_.size(); i += 2) cost += stack_[i].cost;
+        use_keys(cost);
+        stack_.resize(first);
+        break;
+      }
+      case 'Q':  // BINPERSID: a storage
+        pop();
+        stack_.emplace_back();
+        break;
+      default:  // the end, or unknown
+        is_over_ = true;
+    }
+  }
+
+  // ---- The stream ----
+
+  void skip(std::uint64_t bytes) {
+    if (bytes > stream_.size() - at_)
+      is_over_ = true;
+    else
+      at_ += bytes;
+  }
+
+  std::uint64_t read_number(std::size_t bytes) {
+    const std::size_t begin = at_;
+    skip(bytes);
+    std::uint64_t number = 0;
+    for (std::size_t i = begin; i < at_; ++i)
+      number |= std::uint64_t{static_cast<unsigned char>(stream_[i])} << 8U * (i - begin);
+    return number;
+  }
+
+  void skip_line() {
+    const std::size_t end = stream_.find('\n', at_);
+    if (end == std::string_view::npos)
+      is_over_ = true;
+    else
+      at_ = end + 1;
+  }
+
+  // ---- The stack. Where there is less than is asked for, the walk is over ----
+
+  std::size_t base() const { return marks_.empty() ? 0 : marks_.back(); }
+
+  // Where the values above the last mark begin; the mark is gone then.
+  std::size_t take_mark() {
+    const std::size_t first = base();
+    if (marks_.empty())
+      is_over_ = true;
+    else
+      marks_.pop_back();
+    return first;
+  }
+
+  Value pop() {
+    if (stack_.size() == base()) {
+      is_over_ = true;
+      return {};
+    }
+    const Value value = stack_.back();
+    stack_.pop_back();
+    return value;
+  }
+
+  bool push_constant(std::uint64_t bytes) {
+    skip(bytes);
+    stack_.emplace_back();
+    return true;
+  }
+
+  bool put(std::uint64_t key) {
+    if (stack_.size() == base())
+      is_over_ = true;
+    else
+      memo_[key] = stack_.back();
+    return true;
+  }
+
+  bool get(std::uint64_t key) {
+    const auto found = memo_.find(key);
+    if (found == memo_.end())
+      is_over_ = true;
+    else
+      stack_.push_back(found->second);
+    return true;
+  }
+
+  // Puts a tuple of what is on the stack from `first` on in the place of that.
+  void push_tuple(std::size_t first) {
+    ++tuples_;
+    Value made{1, 1};
+    for (std::size_t i = first; i < stack_.size(); ++i) {
+      made.depth = std::max(made.depth, stack_[i].depth + 1);
+      made.cost += stack_[i].cost;
+    }
+    if (made.depth > kDepthMax || made.cost > kCostMax + tuples_)
+      problem_ = "tuples are nested too deeply";
+    stack_.resize(first);
+    stack_.push_back(made);
+  }
+
+  void use_keys(std::uint64_t cost) {
+    keys_cost_ += cost;
+    if (keys_cost_ > kKeysCostMax + tuples_) problem_ = "the keys of dictionaries are too large";
+  }
+
+  std::string_view stream_;
+  std::size_t at_ = 0;
+  bool is_over_ = false;
+  const char* problem_ = nullptr;
+  std::vector<Value> stack_;
+  std::vector<std::size_t> marks_;
+  std::unordered_map<std::uint64_t, Value> memo_;
+  std::uint64_t tuples_ = 0;
+  std::uint64_t keys_cost_ = 0;
+};
+
+}  // namespace
+
+const char* find_bad_nesting(std::string_view stream) { return Walk(stream).run(); }
+
+}  // namespace fastsd

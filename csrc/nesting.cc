@@ -20,6 +20,14 @@ constexpr std::uint64_t kKeysCostMax = 10'000'000;
 struct Value {
   std::uint64_t depth = 0;
   std::uint64_t cost = 0;
+  std::size_t container = 0;  // number of the one that it is, or that a tuple has first; 0 for none
+};
+
+// A list, dictionary or set: what hashing its elements, or keys, costs, as a set or a dictionary
+// made from it does. Of pairs in a list the first is hashed.
+struct Container {
+  std::uint64_t cost = 0;
+  std::uint64_t inner = 0;  // containers among the elements, whatever becomes of them later
 };
 
 class Walk {
@@ -40,12 +48,13 @@ class Walk {
     switch (op) {
       case 'N':
       case ')':
-      case ']':
-      case '}':
       case 0x88:  // NEWTRUE
       case 0x89:  // NEWFALSE
-      case 0x8F:  // EMPTY_SET
         return push_constant(0);
+      case ']':
+      case '}':
+      case 0x8F:  // EMPTY_SET
+        return push_container();
       case 'K':
         return push_constant(1);
       case 'M':
@@ -113,30 +122,29 @@ class Walk {
         break;
       case 'R':
       case 0x81: {  // NEWOBJ: a named tuple, for one, is hashed as the tuple of its arguments
-        const Value arguments = pop();
+        Value made = pop();
         pop();
-        stack_.push_back(arguments);
+        const Container hashed = made.container == 0 ? Container{} : containers_[made.container];
+        use_keys(made.cost + hashed.cost + hashed.inner * element_cost_max_);
+        if (made.container == 0) made.container = add_container();
+        stack_.push_back(made);
         break;
       }
-      case 'a':
       case 'b':
         pop();
         break;
+      case 'a':
+        add_elements(above(1));
+        break;
       case 'e':
-        stack_.resize(take_mark());
+        add_elements(take_mark());
         break;
       case 's':
-        pop();
-        use_keys(pop().cost);
+        add_keys(above(2));
         break;
-      case 'u': {
-        const std::size_t first = take_mark();
-        std::uint64_t cost = 0;
-        for (std::size_t i = first; i < stack_.size(); i += 2) cost += stack_[i].cost;
-        use_keys(cost);
-        stack_.resize(first);
+      case 'u':
+        add_keys(take_mark());
         break;
-      }
       case 'Q':  // BINPERSID: a storage
         pop();
         stack_.emplace_back();
@@ -186,6 +194,30 @@ class Walk {
     return first;
   }
 
+  // Where the topmost values begin.
+  std::size_t above(std::size_t count) {
+    if (stack_.size() - base() >= count) return stack_.size() - count;
+    is_over_ = true;
+    return base();
+  }
+
+  // The container below the values from `first` on.
+  Container& container_below(std::size_t first) {
+    if (first > base()) return containers_[stack_[first - 1].container];
+    is_over_ = true;
+    return containers_[0];
+  }
+
+  std::size_t add_container() {
+    containers_.emplace_back();
+    return containers_.size() - 1;
+  }
+
+  bool push_container() {
+    stack_.push_back({0, 0, add_container()});
+    return true;
+  }
+
   Value pop() {
     if (stack_.size() == base()) {
       is_over_ = true;
@@ -219,11 +251,34 @@ class Walk {
     return true;
   }
 
+  // Moves what is on the stack from `first` on into the list below.
+  void add_elements(std::size_t first) {
+    Container& target = container_below(first);
+    for (std::size_t i = first; i < stack_.size(); ++i) {
+      const Value& element = stack_[i];
+      target.cost += element.cost;
+      if (element.container != 0 && element.cost == 0) ++target.inner;
+      element_cost_max_ = std::max(element_cost_max_, element.cost);
+    }
+    stack_.resize(first);
+  }
+
+  // The same for keys and values, into a dictionary.
+  void add_keys(std::size_t first) {
+    Container& target = container_below(first);
+    std::uint64_t cost = 0;
+    for (std::size_t i = first; i < stack_.size(); i += 2) cost += stack_[i].cost;
+    target.cost += cost;
+    use_keys(cost);
+    stack_.resize(first);
+  }
+
   // Puts a tuple of what is on the stack from `first` on in the place of that.
   void push_tuple(std::size_t first) {
     ++tuples_;
-    Value made{1, 1};
+    Value made{1, 1, 0};
     for (std::size_t i = first; i < stack_.size(); ++i) {
+      if (made.container == 0) made.container = stack_[i].container;
       made.depth = std::max(made.depth, stack_[i].depth + 1);
       made.cost += stack_[i].cost;
     }
@@ -245,8 +300,10 @@ class Walk {
   std::vector<Value> stack_;
   std::vector<std::size_t> marks_;
   std::unordered_map<std::uint64_t, Value> memo_;
+  std::vector<Container> containers_ = std::vector<Container>(1);  // the first for what is none
   std::uint64_t tuples_ = 0;
   std::uint64_t keys_cost_ = 0;
+  std::uint64_t element_cost_max_ = 0;
 };
 
 }  // namespace

@@ -27,7 +27,7 @@ std::size_t threads_for(std::uint64_t bytes) {
 Error locate(const Error& error, const std::string& name, std::uint64_t begin) {
   std::string detail = error.what();
   if (begin > 0 && error.kind != Failure::kSystem)
-    detail += " (counted from byte " + std::to_string(begin) + ", where the archive starts)";
+    detail += " (in the archive that starts at byte " + std::to_string(begin) + ")";
   return {error.kind, detail, name, error.system_errno};
 }
 
@@ -166,6 +166,8 @@ Bytes Reader::bytes(std::size_t storage, std::uint64_t begin, std::uint64_t end,
 
 std::vector<Bytes> Reader::bytes_of(const std::vector<bool>& is_wanted,
                                     const Interrupt& interrupt) const {
+  if (file_.memory() && is_handed_out_.exchange(true))
+    throw Error(Failure::kUnsupported, "what came from a stream is handed out once", file_.name());
   std::vector<Bytes> all(index().storages.size());
   std::vector<File::Piece> extents;
   for (std::size_t i = 0; i < all.size(); ++i) {

@@ -60,9 +60,8 @@ class Reader {
               const Interrupt& interrupt) const;
 
   // The bytes of the storages that `is_wanted` marks, by number, in parallel; none of the others.
-  // Those of a stream are handed out as they are, and the others given back, so that this is to be
-  // called once, and last.
-  // REQUIRES: a mark for each storage.
+  // Those of a stream are handed out as they are, and the others given back, so that this can be
+  // called once, and is to be called last. REQUIRES: a mark for each storage.
   std::vector<Bytes> bytes_of(const std::vector<bool>& is_wanted, const Interrupt& interrupt) const;
 
   // Reads every stored byte, in parallel; returns the storages whose bytes do not have the checksum
@@ -79,6 +78,7 @@ class Reader {
   File file_;
   Header header_;
   std::shared_ptr<Memory> mapping_;
+  mutable std::atomic<bool> is_handed_out_{false};  // the memory of a stream
 };
 
 // A thread that brings storages of a mapped file from the device into the page cache, in the order

@@ -135,8 +135,8 @@ class Reader(metaclass=_pybind11_type):
     ) -> tuple[dict[str, torch.Tensor], list[int], dict[int, torch.Tensor]]:
         """Tensors by name, in a dict or an OrderedDict: all, or those of ascending numbers; the
         numbers of those that are None because they need more than DLPack; and for these, the bytes
-        of each storage they lie in. Only storages of these tensors are read. ``bases_only``: leave
-        all to the caller."""
+        of each storage they lie in. Only storages of these tensors are read; of a stream once,
+        and last. ``bases_only``: leave all to the caller."""
 
     def base(self, storage: int, begin: int, end: int) -> torch.Tensor:
         """Bytes of a storage as a uint8 tensor: a view of the mapping, or freshly read."""

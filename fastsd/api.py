@@ -164,19 +164,21 @@ def load(
             "checksums": that, and every byte of the file, whatever is chosen of it, against the
             recorded checksums.
         prefix: Only tensors whose names start with this; it is taken off.
-        select: Only tensors with these names, as they are once the prefix is off: a function of a
-            name, a name or a pattern (``*``, ``?``, ``[...]``; ``*`` matches dots too), or several
-            of them. Each pattern must match something; a function need not.
         rename: What the tensors that are left are called: a function from name to name, or a dict
             from leading parts of names to what replaces them, of which the longest that fits is
             replaced, once. ``{"": "module."}`` puts a prefix on, ``{"_orig_mod.": ""}`` takes one
             off where there is one.
+        select: Only tensors with these names, as they are once the prefix is off and before they
+            are renamed: a function of a
+            name, a name or a pattern (``*``, ``?``, ``[...]``; ``*`` matches dots too), or several
+            of them. Each pattern must match something; a function need not.
 
     Returns the object, with the same nesting, types, key order and sharing of memory.
 
-    With any of ``prefix``, ``select`` and ``rename``, it is a flat dictionary of tensors, as
-    `open` names them: keys on the way to them, joined by dots. Only these are made and read, with
-    the storages they lie in; tensors that overlap still do. Plain values are left out. The
+    With any of ``prefix``, ``rename`` and ``select``, it is a flat dictionary of tensors, whose
+    names are the keys on the way to them, joined by dots. Only these are made and read, with the
+    storages they lie in; tensors that overlap still do; but a pickle is loaded whole first. Plain
+    values are left out. The
     `_metadata` of a flat state_dict, or of the one in a nested file that the prefix leads to, is
     kept under the new names of the modules (module "m" goes with names "m."); not if ``rename`` is
     a function. What occurs twice in a nested object has the names of where it comes first.
@@ -305,7 +307,8 @@ def load_into(
 
     What is not in the page cache yet is read ahead of the copy. Parameters stay where they are,
     whatever device was saved from, and so does an optimizer's state; with ``assign=True``, and for
-    other targets, tensors go where they were saved from, as with `load`.
+    other targets, tensors go where they were saved from, as with `load`. A file with a pickle is
+    read as by `load` without ``weights_only``; for another choice, `load` it and pass that on.
 
     Returns what the target's ``load_state_dict`` returns: for modules, and for mappings, a named
     tuple of ``missing_keys`` and ``unexpected_keys``. Raises what `load` and ``load_state_dict``
@@ -324,7 +327,10 @@ def load_into(
     if mmap is None:
         mmap = True if into.copies else None if into.takes_tensors else False
     with open_source(f) as source:
-        reader = fsd.open_reader(source, mmap)
+        return _load_into(into, fsd.open_reader(source, mmap), rules)
+
+
+def _load_into(into: Target, reader: _core.Reader, rules: NameRules | None) -> Any:
     _verify(reader, "structure")
     # What is copied goes where the target is; what is assigned, where load() would put it.
     state, numbers = _load(reader, CPU if into.moves else None, pickled.Unpickling(), rules)
@@ -343,9 +349,10 @@ def open(f: PathOrFile, device: torch.device | str = CPU, *, mmap: bool | None =
     """Opens a file as a read-only mapping of its tensors, which are read when they are asked for.
 
     ``device`` is where they are put then; ``mmap`` as for `load`. Nested files are mappings too:
-    their names are the keys on the way, joined by dots. Of a file object that cannot be mapped and
-    is no regular file everything is read at once; tensors are copies then. Raises what `load`
-    raises.
+    their names are the keys on the way, joined by dots. A pickle is not loaded: of a file with one
+    the tensors are its storages, as bytes, under torch's keys. Of a file object that cannot be
+    mapped and is no regular file everything is read at once; tensors are copies then. Raises what
+    `load` raises.
     """
     with open_source(f) as source:
         return fsd.open_archive(source, mmap, device)

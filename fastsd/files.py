@@ -21,7 +21,6 @@ _READ_BYTES = 1 << 20  # what is read is copied, while it is still in the proces
 # docs/FORMAT.md, "The preamble".
 _PREAMBLE_BYTES = 48
 _FILE_BYTES_AT = 24
-MAGIC = b"\x8fFSD\r\n\x1a\n"
 
 
 def is_path(f: object) -> bool:
@@ -53,8 +52,8 @@ def is_stream_path(path: bytes) -> bool:
 class Source(NamedTuple):
     """An archive to be read: its first bytes, and how to open it.
 
-    ``open`` takes ``mmap`` as `fastsd.load` does, and may be called as long as the context of
-    `open_source` lasts. What cannot be mapped is read, whatever ``mmap`` says.
+    ``open`` takes ``mmap`` as `fastsd.load` does, and may be called once, within the context of
+    `open_source`. What cannot be mapped is read, whatever ``mmap`` says.
     """
 
     peek: Callable[[], bytes]

@@ -3,23 +3,21 @@
 torch.save's stream (`data.pkl` in its zip files) names storages by keys and holds everything else.
 torch writes and reads it here too, `weights_only` and `map_location` included; only the records go
 elsewhere: the stream to a section of the header, each storage, whole, to one of the container's.
-That it may be asked to is private to torch (`torch.serialization._save` and `_load`), the same in
-every release since 2.1, and tested.
+That it may be asked to is private to torch (`torch.serialization._save` and `_load`), and tested.
 """
 
 from __future__ import annotations
 
+import ctypes
 import io
 import mmap
 import os
 import pickle
 import re
 import struct
-import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -68,11 +66,19 @@ class _Recorder:
         if name == _STREAM:
             self.stream = data
         elif name.startswith(_STORAGE):
+            if isinstance(data, int):  # releases before 2.3 give the address
+                data = _copy_memory(data, nbytes)
             self.storages[name.removeprefix(_STORAGE)] = data
 
     def write_record_metadata(self, name: str, nbytes: int) -> None:
         """Under torch.serialization.skip_data: room for the bytes, which are zero."""
         self.storages[name.removeprefix(_STORAGE)] = _make_zeros(nbytes)
+
+
+def _copy_memory(address: int, nbytes: int) -> torch.UntypedStorage:
+    storage = torch.UntypedStorage(nbytes)
+    ctypes.memmove(storage.data_ptr(), address, nbytes)
+    return storage
 
 
 def _make_zeros(nbytes: int) -> torch.UntypedStorage:
@@ -143,21 +149,24 @@ def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling
         return serialization._load(records, map_location, module, **load_args)
     if how.load_args:
         warnings.warn("pickle_load_args only works if `weights_only=False`.", stacklevel=4)
-    # Sparse tensors are listed by torch for all threads together.
-    lock = _sparse_lock if b"sparse" in stream else nullcontext()
     try:
         problem = _core.find_bad_nesting(stream)
         if problem:
             raise pickle.UnpicklingError(problem)
-        with lock:
-            return serialization._load(records, map_location, _Restricted, **load_args)
+        if b"sparse" in stream:
+            return _load_sparse(records, map_location, load_args)
+        return serialization._load(records, map_location, _weights_only_unpickler, **load_args)
     except pickle.UnpicklingError as error:
         raise pickle.UnpicklingError(_explain(reader.name, str(error))) from None
+    except (MemoryError, OSError):
+        raise
     except Exception as error:
         if not _is_from_torch(error):
             raise  # what a map_location, or a class that was declared safe, has to say
         if type(error) in (RuntimeError, ValueError):
             raise type(error)(f"{reader.name}: {error}") from error
+        if isinstance(error, RuntimeError):  # out of a device's memory, for one
+            raise
         detail = f"section pickle is damaged: {type(error).__name__}: {error}"
         raise pickle.UnpicklingError(f"{reader.name}: {detail}") from error
 
@@ -170,38 +179,68 @@ def _is_from_torch(error: BaseException) -> bool:
     return place is not None and place.tb_frame.f_globals.get("__name__") in _UNPICKLING
 
 
-_UNPICKLING = {"torch._weights_only_unpickler", "torch.serialization", "torch._utils"}
-_sparse_lock = threading.Lock()
+_UNPICKLING = {"torch._weights_only_unpickler", "torch.serialization", "torch._utils", __name__}
+
+
+def _load_sparse(records: _Records, map_location: Any, load_args: dict[str, Any]) -> Any:
+    while True:
+        try:
+            return serialization._load(records, map_location, _Restricted, **load_args)
+        except _ListClearedError:
+            pass
+
+
+class _ListClearedError(Exception):
+    """Another thread's load has cleared the list of sparse tensors that are to be checked."""
 
 
 class _Unpickler(_weights_only_unpickler.Unpickler):
     """torch's restricted unpickler, which leaves sparse tensors unchecked unless it is told to.
 
-    Their indices may then lie outside of them, and what uses them would write anywhere.
+    Their indices may then lie outside of them, and what uses them would write anywhere. torch lists
+    them for all threads together, and each load of each thread clears the list when it is done.
     """
 
     def load(self) -> Any:
-        unchecked = torch._utils._sparse_tensors_to_validate
+        listed = torch._utils._sparse_tensors_to_validate
+        marker = torch.empty(0, layout=torch.sparse_coo, device=CPU)
+        listed.append(marker)
         try:
             obj = super().load()  # type: ignore[no-untyped-call]
-            if unchecked and not (skips_data() or fakes_tensors()):
-                _check_sparse(unchecked)
+            found = list(listed)
+            if all(tensor is not marker for tensor in found):
+                raise _ListClearedError
+            if not (skips_data() or fakes_tensors()):
+                for tensor in found:
+                    _check_sparse(tensor)
             return obj
         finally:
-            unchecked.clear()  # or else the next file would have to answer for them
+            listed.clear()  # or else the next file would have to answer for them
 
 
-def _check_sparse(unchecked: list[torch.Tensor]) -> None:
-    """Raises RuntimeError for indices that lie outside of their tensors."""
-    unchecked[:] = [tensor for tensor in unchecked if tensor.device.type != "meta"]
-    # That they are sorted harms nobody, and does not hold for what was saved under skip_data.
-    coalesced = [t for t in unchecked if t.layout == torch.sparse_coo and t.is_coalesced()]
-    for tensor in coalesced:
-        tensor._coalesced_(False)
-    with torch.sparse.check_sparse_tensor_invariants():
-        torch._utils._validate_loaded_sparse_tensors()
-    for tensor in coalesced:
-        tensor._coalesced_(True)
+def _check_sparse(tensor: torch.Tensor) -> None:
+    """Raises RuntimeError for indices that lie outside of their tensor."""
+    if tensor.device.type == "meta":
+        return
+    if tensor.layout == torch.sparse_coo:
+        # Whether they are sorted harms nobody.
+        args = (tensor._indices(), tensor._values(), tensor.size(), False)
+        _check_unpinned(torch._validate_sparse_coo_tensor_args, *args)
+        return
+    is_by_row = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    compressed = tensor.crow_indices() if is_by_row else tensor.ccol_indices()
+    plain = tensor.col_indices() if is_by_row else tensor.row_indices()
+    _check_unpinned(
+        torch._validate_sparse_compressed_tensor_args,
+        *(compressed, plain, tensor.values(), tensor.size(), tensor.layout),
+    )
+
+
+def _check_unpinned(check: Callable[..., None], *args: Any) -> None:
+    try:
+        check(*args, check_pinning=False)
+    except TypeError:  # older releases have no such argument
+        check(*args)
 
 
 class _Restricted:
@@ -218,7 +257,10 @@ def choose(obj: object, rules: NameRules, path: str) -> dict[str, torch.Tensor]:
     """
     tensors: dict[str, torch.Tensor] = {}
     holders: dict[str, Mapping[Any, Any]] = {}
-    _collect(obj, "", tensors, holders, set())
+    try:
+        _collect(obj, "", tensors, holders, {})
+    except RecursionError:
+        raise FormatError("the object is nested too deeply to choose from", path=path) from None
     choice = rules.choose(list(tensors), path)
     values = list(tensors.values())
     chosen = OrderedDict(
@@ -237,15 +279,18 @@ def _collect(
     way: str,
     tensors: dict[str, torch.Tensor],
     holders: dict[str, Mapping[Any, Any]],
-    seen: set[int],
+    seen: dict[int, object],
 ) -> None:
-    """Finds tensors, and dictionaries with `_metadata`, by the way that first leads to them."""
+    """Finds tensors, and dictionaries with `_metadata`, by the way that first leads to them.
+
+    ``seen`` holds by identity what has been walked, and so keeps it from being another's.
+    """
     if isinstance(obj, torch.Tensor):
         tensors.setdefault(way.removesuffix("."), obj)
         return
     if not isinstance(obj, (Mapping, list, tuple)) or id(obj) in seen:
         return
-    seen.add(id(obj))
+    seen[id(obj)] = obj
     metadata = getattr(obj, "_metadata", None)
     if isinstance(metadata, Mapping):
         holders[way] = metadata

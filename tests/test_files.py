@@ -28,7 +28,7 @@ from mapped import lies_in, mapped_ranges
 from same import assert_same, filled, medium_state, raw, small_state
 
 import fastsd
-from fastsd import _core
+from fastsd import _core, files
 
 
 def archive_of(obj, **options):
@@ -725,7 +725,7 @@ def test_errors_say_where_the_archive_starts(name, path):
                 with pytest.raises(fastsd.FormatError) as caught:
                     fastsd.load(file)
             known = name != "only read" and begin > 0
-            assert (f"from byte {begin}, where the archive starts" in str(caught.value)) == known
+            assert (f"in the archive that starts at byte {begin}" in str(caught.value)) == known
 
 
 # ---- Errors ----
@@ -1078,3 +1078,27 @@ def test_opening_a_file_at_an_odd_offset_reads_what_is_asked_for(growth):
 
 def test_memory_of_dropped_tensors_is_given_back(growth):
     assert growth["rest"] < -(100 << 20)
+
+
+def test_what_came_from_a_stream_is_handed_out_once():
+    stream = io.BytesIO()
+    fastsd.save({"a": torch.ones(1000)}, stream)
+    stream.seek(0)
+    with files.open_source(stream) as source:
+        reader = source.open(None)
+    first = reader.load(False, False)[0]
+    with pytest.raises(fastsd.UnsupportedError, match="once"):
+        reader.load(False, False)
+    assert first["a"].sum() == 1000
+
+
+def test_load_into_leaves_a_file_object_where_it_stood_after_an_error():
+    stream = io.BytesIO(b"before")
+    stream.seek(6)
+    fastsd.save({"a": torch.ones(1)}, stream)
+    stream.seek(6)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        fastsd.load_into({"b": torch.ones(1)}, stream)
+    assert stream.tell() == 6
+    fastsd.load_into({"a": torch.ones(1)}, stream)
+    assert stream.read() == b""

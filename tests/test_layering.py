@@ -38,7 +38,7 @@ CPP_PYBIND11 = {"bindings"}
 PYTHON_ALLOWED: dict[str, set[str]] = {
     "_core": set(),
     "errors": set(),
-    "files": {"errors", "_core"},
+    "files": {"_core"},
     "tensors": {"errors", "_core"},
     "archive": {"tensors", "_core"},
     "formats": {"archive", "files", "_core"},

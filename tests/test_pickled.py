@@ -21,6 +21,7 @@ from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_g
 import fastsd
 from fastsd import pickled
 from fastsd.api import _plan_pickled
+from fastsd.names import NameRules
 
 Point = namedtuple("Point", ["x", "y"])
 
@@ -643,3 +644,71 @@ def test_streams_that_were_changed_anywhere_are_loaded_or_refused(data, tmp_path
         else:
             message = str(path)
     assert str(path) in message
+
+
+# ---- What others do meanwhile ----
+
+
+@pytest.mark.parametrize("others", ["fastsd", "torch"])
+def test_sparse_tensors_are_checked_whatever_other_threads_load(others, write, tmp_path):
+    bad = write(stream_of(tup(sparse("fifty"), tensor())), **DATA)
+    good = tmp_path / "good"
+    (fastsd if others == "fastsd" else torch).save([nn.Parameter(torch.ones(1)), {1}], good)
+    loads = []
+
+    def load_another(storage, location):
+        if len(loads) < 5:
+            loads.append(others)
+            load = fastsd.load if others == "fastsd" else torch.load
+            thread = threading.Thread(target=load, args=(good,))
+            thread.start()
+            thread.join()
+        return storage
+
+    with pytest.raises(RuntimeError, match="index"):
+        fastsd.load(bad, map_location=load_another)
+    assert loads
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, PermissionError])
+def test_what_is_no_fault_of_the_file_is_not_put_down_to_it(error, write, monkeypatch):
+    path = write(stream_of(tensor()))
+
+    def fail(*args):
+        raise error("none left")
+
+    # In a frame of torch's own, as where it allocates for another device.
+    source = "def rebuild(*args): fail()"
+    exec(source, vars(torch._utils) | {"fail": fail}, names := {})
+    monkeypatch.setattr(torch._utils, "_rebuild_tensor", names["rebuild"])
+    with pytest.raises(error, match="none left"):
+        fastsd.load(path)
+
+
+def test_releases_of_torch_that_give_addresses():
+    recorder = pickled._Recorder()
+    storage = torch.arange(4.0).untyped_storage()
+    recorder.write_record("data/0", storage.data_ptr(), storage.nbytes())
+    recorder.write_record("data/1", 0, 0)
+    assert recorder.storages["0"].tolist() == storage.tolist()
+    assert recorder.storages["0"].data_ptr() != storage.data_ptr()
+    assert recorder.storages["1"].nbytes() == 0
+
+
+@pytest.mark.parametrize("kind", ["builtins.set", "collections.Counter", "collections.OrderedDict"])
+def test_containers_of_a_tuple_that_takes_long_to_hash(kind, write):
+    shared = b"K\1" + b"q\1h\1\x86" * 16 + b"q\1"
+    listed = b"](" + b"h\1" * 20_000 + b"e"
+    if kind.endswith("OrderedDict"):
+        listed = b"](" + b"](h\1K\1e" * 20_000 + b"e"
+    path = write(stream_of(shared + call(kind, listed)))
+    with pytest.raises(pickle.UnpicklingError, match="too large"):
+        fastsd.load(path)
+
+
+def test_names_of_what_is_nested_too_deeply():
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(fastsd.FormatError, match=r"x\.fsd: the object is nested too deeply"):
+        pickled.choose(deep, NameRules(prefix="0."), "x.fsd")

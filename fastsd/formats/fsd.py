@@ -12,8 +12,9 @@ import torch
 from fastsd import _core
 from fastsd.archive import Archive
 from fastsd.errors import EmptyError, FormatError
-from fastsd.files import MAGIC, Source
+from fastsd.files import Source
 
+_MAGIC = b"\x8fFSD\r\n\x1a\n"  # docs/FORMAT.md, "The preamble"
 ROOT_IS_ORDERED_DICT = 1  # a flag of the file
 
 
@@ -62,7 +63,7 @@ _OTHERS = (
 
 def find_cause(first: bytes) -> str | None:
     """What a file with these first bytes is, if not in this format; None if it cannot be told."""
-    if first.startswith(MAGIC):
+    if first.startswith(_MAGIC):
         return None
     if not any(first):
         return "it starts with zeros: it was never completely written"
@@ -104,6 +105,8 @@ def decode_json(
     """
     try:
         return _core.parse_json(text, tensors or [], decode)
+    except MemoryError:
+        raise
     except Exception as error:
         # Whatever JSON, numpy or torch raises for a text, or a node, that is not as it must be.
         detail = f"section {section.name.lower()} is damaged: {type(error).__name__}: {error}"

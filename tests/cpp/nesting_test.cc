@@ -50,6 +50,25 @@ TEST(keys_of_dictionaries) {
   CHECK(is_bad(key + "q\x01" + "}" + repeat(item + "s", 153) + "."));
 }
 
+// What is made of a list, or of pairs, hashes what is in it: set, OrderedDict, Counter.
+TEST(containers_made_of_lists) {
+  const std::string key = doubling(16) + "q\x01";
+  const std::string callable = "cbuiltins\nset\n";
+  const auto list_of = [](std::size_t count) { return "](" + repeat("h\x01", count) + "e"; };
+  CHECK(!is_bad(key + callable + list_of(152) + kOne + "R."));
+  CHECK(is_bad(key + callable + list_of(153) + kOne + "R."));
+  CHECK(is_bad(key + callable + list_of(76) + kOne + "q\x02" + "R" +
+               repeat(callable + "h\x02" + "R", 2) + "."));
+  CHECK(!is_bad(key + list_of(1000) + "."));
+  // A list that is filled after it has become an argument.
+  CHECK(is_bad(key + "]q\x03" + kOne + "q\x04" + "h\x03(" + repeat("h\x01", 153) + "e" + callable +
+               "h\x04R."));
+  // Pairs, and a tuple that is called for itself.
+  const std::string pair = "](h\x01" + std::string(kLeaf) + "e";
+  CHECK(is_bad(key + callable + "](" + repeat(pair, 153) + "e" + kOne + "R."));
+  CHECK(is_bad(key + repeat(callable + "h\x01R", 153) + "."));
+}
+
 TEST(what_is_left_to_the_unpickler) {
   for (const char* stream : {"", ".", "t", "u", "e", "s", "a", "R", "Q", "h\x05", "q", "\x85",
                              "X\xff\xff\xff\xff", "c", "cx\ny", "(", "\xff", "K"}) {

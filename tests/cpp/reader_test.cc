@@ -266,7 +266,7 @@ TEST(reader_tells_of_archives_cut_short_where_they_start) {
     const std::string of_file =
         detail_of([&] { return Reader(file.descriptor(), "name", 64, Access::kMap); });
     CHECK(of_file.find("has " + std::to_string(bytes) + " bytes") != std::string::npos);
-    CHECK(of_file.find("from byte 64") != std::string::npos);
+    CHECK(of_file.find("at byte 64") != std::string::npos);
     for (const std::uint64_t known : {std::uint64_t{UINT64_MAX}, std::uint64_t{bytes}}) {
       StringStream stream(cut);
       CHECK(detail_of([&] { return Reader(stream.read_some(), "name", 64, known); }) == of_file);

@@ -70,6 +70,8 @@ def save(
     `f` without ``write``, OSError, and what the file object raises. Do not change the tensors
     meanwhile.
     """
+    if isinstance(pickle_module, Mapping):
+        raise TypeError("pickle_module must be a module; metadata is passed by name: metadata=...")
     if format not in (None, "fsd"):
         raise ValueError(f"format must be None or 'fsd', not {format!r}")
     if not is_path(f) and not hasattr(f, "write"):
@@ -189,8 +191,7 @@ def load(
     no name and for two names that become one, and what torch raises where `map_location` cannot be
     met, or a pickle not be loaded.
     """
-    if verify not in ("structure", "checksums"):
-        raise ValueError(f"verify must be 'structure' or 'checksums', not {verify!r}")
+    _check_verify(verify)
     unknown = pickle_load_args.keys() - {"encoding", "errors", "fix_imports", "buffers"}
     if unknown:
         raise TypeError(f"load() got an unexpected keyword argument {min(unknown)!r}")
@@ -208,6 +209,11 @@ def _make_rules(
 ) -> NameRules | None:
     is_all = prefix is None and select is None and rename is None
     return None if is_all else NameRules(prefix, select, rename)
+
+
+def _check_verify(verify: str) -> None:
+    if verify not in ("structure", "checksums"):
+        raise ValueError(f"verify must be 'structure' or 'checksums', not {verify!r}")
 
 
 def _verify(reader: _core.Reader, verify: Verify) -> None:
@@ -279,7 +285,9 @@ def load_into(
     rename: Rename | None = None,
     select: Select | None = None,
     ignore_mismatched_sizes: bool = False,
+    weights_only: bool | None = None,
     mmap: bool | None = None,
+    verify: Verify = "structure",
 ) -> Any:
     """Loads a saved state_dict into something that exists: a module, an optimizer, a mapping...
 
@@ -298,6 +306,7 @@ def load_into(
             than being an error. They are among the ``missing_keys`` that are returned, and
             ``strict`` does not object to them. For modules (which are asked for their
             ``state_dict()`` first) and mappings.
+        weights_only, verify: As for `load`.
         mmap: As for `load`. None: modules and mappings, into which is copied, are filled from the
             mapped file even where `load` would read, as reading would need memory for the model a
             second time. With ``assign=True`` as for `load`. Other targets may keep what they are
@@ -307,8 +316,7 @@ def load_into(
 
     What is not in the page cache yet is read ahead of the copy. Parameters stay where they are,
     whatever device was saved from, and so does an optimizer's state; with ``assign=True``, and for
-    other targets, tensors go where they were saved from, as with `load`. A file with a pickle is
-    read as by `load` without ``weights_only``; for another choice, `load` it and pass that on.
+    other targets, tensors go where they were saved from, as with `load`.
 
     Returns what the target's ``load_state_dict`` returns: for modules, and for mappings, a named
     tuple of ``missing_keys`` and ``unexpected_keys``. Raises what `load` and ``load_state_dict``
@@ -326,14 +334,19 @@ def load_into(
         )
     if mmap is None:
         mmap = True if into.copies else None if into.takes_tensors else False
+    _check_verify(verify)
+    how = pickled.Unpickling(weights_only)
     with open_source(f) as source:
-        return _load_into(into, fsd.open_reader(source, mmap), rules)
+        reader = fsd.open_reader(source, mmap)
+        _verify(reader, verify)
+        return _load_into(into, reader, how, rules)
 
 
-def _load_into(into: Target, reader: _core.Reader, rules: NameRules | None) -> Any:
-    _verify(reader, "structure")
+def _load_into(
+    into: Target, reader: _core.Reader, how: pickled.Unpickling, rules: NameRules | None
+) -> Any:
     # What is copied goes where the target is; what is assigned, where load() would put it.
-    state, numbers = _load(reader, CPU if into.moves else None, pickled.Unpickling(), rules)
+    state, numbers = _load(reader, CPU if into.moves else None, how, rules)
     if into.takes_tensors and not isinstance(state, dict):
         raise UnsupportedError(f"holds a {type(state).__name__}, no state_dict", path=reader.name)
     if not into.copies:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastsd.errors import ChecksumError, FormatError
+from fastsd.errors import ChecksumError, FormatError, NamesError
 from fastsd.tensors import (
     CPU,
     REQUIRES_GRAD,
@@ -132,7 +132,7 @@ class Archive(Mapping[str, torch.Tensor]):
     # ---- Looking without reading ----
 
     def info(self, name: str) -> TensorInfo:
-        """What is known of a tensor. Raises KeyError if there is none of that name."""
+        """What is known of a tensor. Raises NamesError, a KeyError, if there is none."""
         _, record, storage = self._find(name)
         dtype = dtype_of(record.dtype)
         shape = torch.Size(record.shape)
@@ -193,7 +193,10 @@ class Archive(Mapping[str, torch.Tensor]):
 
     def _find(self, name: str) -> tuple[_core.Reader, TensorRecord, StorageRecord]:
         reader = self._open_reader()
-        record = TensorRecord(*reader.tensor(self._numbers[name]))
+        number = self._numbers.get(name)
+        if number is None:
+            raise NamesError(f"holds no tensor {name!r}", path=reader.name)
+        record = TensorRecord(*reader.tensor(number))
         return reader, record, StorageRecord(*reader.storage(record.storage))
 
     def _read(self, name: str, index: Any) -> torch.Tensor:

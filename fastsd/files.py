@@ -43,10 +43,14 @@ def is_stream_path(path: bytes) -> bool:
     """Whether what is there is written to and not replaced: a device, a pipe, a nameless file."""
     try:
         status = os.stat(path)
+        if stat.S_ISREG(status.st_mode):
+            # A file may just be losing its name to another process that saves to the same path:
+            # only what is reached through a link, as in /proc/self/fd, and stays so is nameless.
+            is_nameless = status.st_nlink == 0 and os.path.islink(path)
+            return is_nameless and os.path.samestat(status, os.stat(path))
     except OSError:
         return False
-    is_nameless = stat.S_ISREG(status.st_mode) and status.st_nlink == 0
-    return is_nameless or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode))
+    return not stat.S_ISDIR(status.st_mode)
 
 
 class Source(NamedTuple):

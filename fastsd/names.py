@@ -80,6 +80,10 @@ class NameRules:
         numbers = {name[start:]: i for i, name in enumerate(stored) if name.startswith(self.prefix)}
         if self.prefix and not numbers:
             raise NamesError(f"no name starts with prefix {self.prefix!r}; {_describe(stored)}")
+        if self.prefix and all(name.startswith(".") for name in numbers):
+            raise NamesError(
+                f"a dot follows prefix {self.prefix!r}: did you mean {self.prefix + '.'!r}?"
+            )
         return numbers
 
     def _rename_one(self, name: str) -> str:

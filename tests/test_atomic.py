@@ -18,6 +18,7 @@ import torch
 from same import assert_same, filled, small_state
 
 import fastsd
+from fastsd import files
 
 IS_ROOT = os.geteuid() == 0
 NOBODY = 65534
@@ -523,3 +524,40 @@ def test_durable_files_are_the_same(tmp_path):
     with open(tmp_path / "file", "wb") as file:
         fastsd.save(BIG, file, durable=True)
     assert (tmp_path / "file").read_bytes() == (tmp_path / "big").read_bytes()
+
+
+SAVER = """
+import sys, time, torch, fastsd
+state = {f"t{i}": torch.full((100,), float(i)) for i in range(100)}
+end = time.monotonic() + 1.0
+while time.monotonic() < end:
+    fastsd.save(state, sys.argv[1])
+"""
+
+
+def test_savers_to_one_path_never_show_half_a_file(tmp_path):
+    path = tmp_path / "x.fsd"
+    fastsd.save({"t0": torch.zeros(1)}, path)
+    savers = [subprocess.Popen([sys.executable, "-c", SAVER, path]) for _ in range(3)]
+    while any(saver.poll() is None for saver in savers):
+        fastsd.load(path)  # an error would be half a file
+    assert [saver.returncode for saver in savers] == [0, 0, 0]
+    assert [p.name for p in tmp_path.iterdir()] == ["x.fsd"]
+
+
+def test_a_file_that_is_losing_its_name_is_replaced_and_not_written_to(tmp_path, monkeypatch):
+    path = tmp_path / "x.fsd"
+    fastsd.save({"a": torch.zeros(1)}, path)
+    before = path.stat().st_ino
+    real = os.stat
+
+    def stat_without_name(target, *args, **kwargs):
+        status = real(target, *args, **kwargs)
+        is_ours = os.fspath(target) in (str(path), os.fsencode(path))
+        return os.stat_result((*status[:3], 0, *status[4:10])) if is_ours else status
+
+    monkeypatch.setattr(files.os, "stat", stat_without_name)
+    fastsd.save({"b": torch.ones(1)}, path)
+    monkeypatch.undo()
+    assert path.stat().st_ino != before
+    assert list(fastsd.load(path)) == ["b"]

@@ -160,7 +160,7 @@ OTHERS = {
     "HDF5": (content(b"\x89HDF\r\n\x1a\n" + bytes(100)), "HDF5"),
     "GGUF": (content(b"GGUF\x03\0\0\0" + bytes(100)), "GGUF"),
     "numpy": (content(b"\x93NUMPY\x01\0v\0{'descr'"), None),
-    "gzip": (content(b"\x1f\x8b\x08\0" + bytes(50)), None),
+    "gzip": (content(b"\x1f\x8b\x08\0" + bytes(50)), "gzip.open"),
     "\\r\\n to \\n": (content(WITH_NEWLINES.replace(b"\r\n", b"\n")), "newlines"),
     "\\n to \\r\\n": (content(WITH_NEWLINES.replace(b"\n", b"\r\n")), "newlines"),
     "the magic alone": (content(SMALL_FILE[:8]), None),

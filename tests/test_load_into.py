@@ -424,3 +424,14 @@ def test_saving_to_a_file_object_needs_no_more_than_64_mib(growth):
 @pytest.mark.parametrize("call", ["load by map", "load into, assigned", "touch"])
 def test_mapping_needs_no_memory_a_byte(call, growth):
     assert growth[call] < 4 << 20
+
+
+def test_verify_finds_damage_before_anything_is_copied(path):
+    fastsd.save({"w": torch.ones(1000)}, path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    target = {"w": torch.zeros(1000)}
+    with pytest.raises(fastsd.ChecksumError, match='"w"'):
+        fastsd.load_into(target, path, verify="checksums")
+    assert target["w"].sum() == 0

@@ -145,7 +145,7 @@ def test_options_do_what_dictionaries_do_by_hand(names, prefix, patterns, parts)
     bare = by_hand(state, prefix)
     left = [name for name in bare if select(name)]
     fits = (
-        (bare or not prefix)
+        (not prefix or not all(name.startswith(".") for name in bare))
         and all(p in bare or any(fnmatchcase(name, p) for name in bare) for p in patterns)
         and len(set(map(rename, left))) == len(left)
     )
@@ -448,6 +448,12 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
     assert capsys.readouterr().out == "['1.weight', '1.bias']\n"
+
+
+def test_a_prefix_without_its_dot(saved):
+    path, _ = saved
+    with pytest.raises(fastsd.NamesError, match=r"did you mean 'body\.'\?"):
+        fastsd.load(path, prefix="body")
 
 
 # ---- Files with a pickle ----

@@ -695,6 +695,15 @@ def test_releases_of_torch_that_give_addresses():
     assert recorder.storages["1"].nbytes() == 0
 
 
+def test_load_into_takes_weights_only(path):
+    fastsd.save({"w": torch.ones(2), "thing": Thing(1)}, path)
+    target = {"w": torch.zeros(2)}
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        fastsd.load_into(target, path)
+    fastsd.load_into(target, path, weights_only=False, select="w")
+    assert target["w"].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("kind", ["builtins.set", "collections.Counter", "collections.OrderedDict"])
 def test_containers_of_a_tuple_that_takes_long_to_hash(kind, write):
     shared = b"K\1" + b"q\1h\1\x86" * 16 + b"q\1"

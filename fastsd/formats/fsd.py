@@ -34,7 +34,7 @@ def open_reader(source: Source, mmap: bool | None) -> _core.Reader:
     except FormatError as error:
         first = source.peek()
         if not first:
-            detail = "it is empty, or was read to its end: an interrupted copy or download?"
+            detail = "it is empty: an interrupted copy? Or it stands at its end: seek(0) first?"
             raise EmptyError(detail, path=error.path) from None
         cause = find_cause(first)
         if cause:
@@ -56,6 +56,7 @@ _OTHERS = (
     (b"version https://git-lfs", "it is a git-lfs pointer: run `git lfs pull`"),
     (b"<", "it looks like HTML or XML: a download that gave an error page?"),
     (b"\x8fFSD", "its newlines were converted: it was copied as text"),
+    (b"\x1f\x8b", "it looks like a gzip file: pass what gzip.open gives"),
     (b"\x89HDF", "it looks like an HDF5 file"),
     (b"GGUF", "it looks like a GGUF file"),
 )

@@ -204,10 +204,8 @@ class _Encoder:
                     [self.encode(v, _join(path, i)) for i, v in enumerate(value)],
                 ]
             }
-        hint = "save its state_dict()" if isinstance(value, torch.nn.Module) else None
         raise NotPlainError(
             f"{_place(path)} is a {module}.{type(value).__qualname__}, which is not plain data"
-            + (f": {hint}" if hint else "")
         )
 
     def _encode_str(self, value: str, path: str) -> Any:

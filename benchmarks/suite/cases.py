@@ -82,6 +82,30 @@ def make_checkpoint(model: nn.Module, records: int) -> dict[str, object]:
     }
 
 
+def object_cases(
+    size: str, *, rows: int, width: int, records: int, rounds: int, laps: int
+) -> list[Case]:
+    """Return a nested checkpoint and a whole module, of parameters that come to ``size``."""
+    return [
+        Case(
+            "adamw",
+            f"AdamW checkpoint, {size}",
+            lambda: Bags(250, (rows, 333)),
+            rounds,
+            laps,
+            make_object=lambda model: make_checkpoint(model, records),
+        ),
+        Case(
+            "module",
+            f"whole nn.Module, {size}",
+            lambda: GPTBlocks(25, width),
+            rounds,
+            laps,
+            make_object=lambda model: model,
+        ),
+    ]
+
+
 def list_cases() -> list[Case]:
     """Return what a full run measures."""
     return [
@@ -89,20 +113,7 @@ def list_cases() -> list[Case]:
         Case("big", "300 tensors, 1.1 GB", lambda: GPTBlocks(25, 960), rounds=4),
         Case("1000", "1,000 x 16 kB", lambda: Bags(1000, (64, 64)), rounds=15),
         Case("20000", "20,000 x 2 kB", lambda: Bags(20_000, (512,)), rounds=5),
-        Case(
-            "adamw",
-            "AdamW checkpoint, 1.1 GB",
-            lambda: Bags(250, (1_100, 333)),
-            rounds=4,
-            make_object=lambda model: make_checkpoint(model, 2_000),
-        ),
-        Case(
-            "module",
-            "whole nn.Module, 1.1 GB",
-            lambda: GPTBlocks(25, 960),
-            rounds=4,
-            make_object=lambda model: model,
-        ),
+        *object_cases("1.1 GB", rows=1_100, width=960, records=2_000, rounds=4, laps=2),
     ]
 
 
@@ -113,22 +124,7 @@ def list_quick_cases() -> list[Case]:
         Case("big", "300 tensors, 44 MB", lambda: GPTBlocks(25, 192), rounds=2, laps=1),
         Case("1000", "200 x 16 kB", lambda: Bags(200, (64, 64)), rounds=2, laps=1),
         Case("20000", "2,000 x 2 kB", lambda: Bags(2_000, (512,)), rounds=2, laps=1),
-        Case(
-            "adamw",
-            "AdamW checkpoint, 44 MB",
-            lambda: Bags(250, (44, 333)),
-            rounds=2,
-            laps=1,
-            make_object=lambda model: make_checkpoint(model, 100),
-        ),
-        Case(
-            "module",
-            "whole nn.Module, 44 MB",
-            lambda: GPTBlocks(25, 192),
-            rounds=2,
-            laps=1,
-            make_object=lambda model: model,
-        ),
+        *object_cases("44 MB", rows=44, width=192, records=100, rounds=2, laps=1),
     ]
 
 

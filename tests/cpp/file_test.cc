@@ -207,12 +207,18 @@ TEST(file_systems_are_known_by_their_numbers) {
   CHECK(File(folder.path("f")).file_system().name != nullptr);
 }
 
+// Bytes that tell where they are.
+std::string numbered_bytes(std::size_t count) {
+  std::string content(count, '-');
+  for (std::size_t i = 0; i < count; ++i) content[i] = static_cast<char>(i % 251);
+  return content;
+}
+
 // As seen by a file that starts later, and by memory that stands for one.
 TEST(file_may_start_anywhere) {
   const Folder folder;
   const std::string path = folder.path("f");
-  std::string content(20000, '-');
-  for (std::size_t i = 0; i < content.size(); ++i) content[i] = static_cast<char>(i % 251);
+  const std::string content = numbered_bytes(20000);
   write_whole(path, content);
   const File whole(path);
   const std::shared_ptr<Memory> memory = Memory::allocate(content.size());
@@ -302,8 +308,7 @@ TEST(memory_mapped_is_private_and_outlives_its_file) {
 TEST(memory_may_be_mapped_from_any_byte) {
   const Folder folder;
   const std::string path = folder.path("f");
-  std::string content(20000, '-');
-  for (std::size_t i = 0; i < content.size(); ++i) content[i] = static_cast<char>(i % 251);
+  const std::string content = numbered_bytes(20000);
   write_whole(path, content);
   const File whole(path);
   for (const std::uint64_t begin : {0U, 1U, 64U, 4095U, 4096U, 4160U, 19999U}) {

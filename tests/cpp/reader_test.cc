@@ -72,6 +72,18 @@ Failure failure_of_reading(const std::string& path) {
   return Failure::kSystem;
 }
 
+void check_same_bytes(const Reader& reader, const std::string& archive) {
+  const std::vector<Bytes> all = reader.bytes_of(every_storage(reader), nullptr);
+  if (!CHECK(all.size() == reader.index().storages.size())) return;
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    const StorageRecord& storage = reader.index().storages[i];
+    const std::uint64_t bytes = stored_bytes(storage);
+    CHECK(all[i].owner != nullptr);
+    CHECK(text(all[i], bytes) == archive.substr(bytes > 0 ? storage.offset : 0, bytes));
+    CHECK(reinterpret_cast<std::uintptr_t>(all[i].data) % kMapAlignBytes == 0);
+  }
+}
+
 TEST(reader_maps_and_reads_the_same) {
   const Folder folder;
   const std::string path = folder.path("f");
@@ -81,13 +93,10 @@ TEST(reader_maps_and_reads_the_same) {
     const Reader reader(path, access);
     CHECK(access == Access::kAuto || (reader.mapping() != nullptr) == (access == Access::kMap));
     CHECK(reader.header().preamble().file_bytes == file.size());
-    const std::vector<Bytes> all = reader.bytes_of(every_storage(reader), nullptr);
-    if (!CHECK(all.size() == reader.index().storages.size())) return;
-    for (std::size_t i = 0; i < all.size(); ++i) {
+    check_same_bytes(reader, file);
+    for (std::size_t i = 0; i < reader.index().storages.size(); ++i) {
       const StorageRecord& storage = reader.index().storages[i];
       const std::uint64_t bytes = stored_bytes(storage);
-      CHECK(all[i].owner != nullptr);
-      CHECK(text(all[i], bytes) == file.substr(bytes > 0 ? storage.offset : 0, bytes));
       if (bytes < 3) continue;
       CHECK(text(reader.bytes(i, 1, bytes - 1, nullptr), bytes - 2) ==
             file.substr(storage.offset + 1, bytes - 2));
@@ -171,18 +180,6 @@ class StringStream {
   std::size_t position_ = 0;
   std::size_t next_bytes_ = 1;
 };
-
-void check_same_bytes(const Reader& reader, const std::string& archive) {
-  const std::vector<Bytes> all = reader.bytes_of(every_storage(reader), nullptr);
-  if (!CHECK(all.size() == reader.index().storages.size())) return;
-  for (std::size_t i = 0; i < all.size(); ++i) {
-    const StorageRecord& storage = reader.index().storages[i];
-    const std::uint64_t bytes = stored_bytes(storage);
-    CHECK(all[i].owner != nullptr);
-    CHECK(text(all[i], bytes) == archive.substr(bytes > 0 ? storage.offset : 0, bytes));
-    CHECK(reinterpret_cast<std::uintptr_t>(all[i].data) % kMapAlignBytes == 0);
-  }
-}
 
 // Mapped where that gives aligned tensors, and never more than the archive.
 TEST(reader_reads_archives_that_start_anywhere) {

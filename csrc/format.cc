@@ -309,6 +309,25 @@ Strided Index::view(const TensorRecord& tensor) const {
   return {dtype == nullptr ? 1U : dtype->item_bytes, tensor.rank, shape, shape + tensor.rank};
 }
 
+std::uint32_t Tables::add_tensor(std::string_view name, std::uint16_t dtype, std::uint32_t rank,
+                                 const std::int64_t* own_dims, std::uint32_t storage,
+                                 std::uint64_t storage_offset) {
+  const auto own_number = static_cast<std::uint32_t>(tensors.size());
+  TensorRecord record{};
+  record.name_offset = names.size();
+  record.name_bytes = static_cast<std::uint32_t>(name.size());
+  record.dims_offset = dims.size();
+  record.storage_offset = storage_offset;
+  record.storage = storage;
+  record.same_as = own_number;
+  record.dtype = dtype;
+  record.rank = rank;
+  tensors.push_back(record);
+  names += name;
+  dims.insert(dims.end(), own_dims, own_dims + std::size_t{2} * rank);
+  return own_number;
+}
+
 std::uint64_t encoded_header_bytes(const HeaderContent& content) {
   if (content.index.tensors.size() > kTensorCountMax)
     exceed("number of tensors", content.index.tensors.size(), kTensorCountMax);
@@ -448,6 +467,15 @@ Header Header::decode(std::unique_ptr<std::uint64_t[]> bytes, const Preamble& pr
   check_tensors(index);
   check_names_unique(index);
   return header;
+}
+
+Header::Header(Tables&& tables)
+    : tables_(std::make_unique<Tables>(std::move(tables))),
+      index_(tables_->index()),
+      devices_(tables_->devices) {
+  preamble_.file_bytes = tables_->file_bytes;
+  preamble_.flags = tables_->flags;
+  for (const auto& [kind, bytes] : tables_->sections) sections_.emplace_back(kind, bytes);
 }
 
 std::string_view Header::section(Section kind) const {

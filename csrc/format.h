@@ -157,6 +157,33 @@ constexpr std::uint64_t align_up(std::uint64_t value, std::uint64_t alignment) {
   return (value + alignment - 1) / alignment * alignment;
 }
 
+// The tables of an archive of another format, with the memory that they lie in: what a reader of
+// that format fills in. Storages ascend in the file and do not overlap, and each view lies within
+// its storage; names are unique. Flags and sections are those of this format.
+struct Tables {
+  std::uint64_t file_bytes = 0;  // of the archive
+  std::uint32_t flags = 0;
+  std::vector<StorageRecord> storages;
+  std::vector<TensorRecord> tensors;
+  std::vector<std::int64_t> dims;
+  std::string names;
+  std::vector<std::string> devices = {"cpu"};
+  std::vector<std::pair<Section, std::string>> sections;
+
+  // Adds a tensor, an object of its own, whose view is `dims`: sizes, then strides. Returns its
+  // number.
+  std::uint32_t add_tensor(std::string_view name, std::uint16_t dtype, std::uint32_t rank,
+                           const std::int64_t* own_dims, std::uint32_t storage,
+                           std::uint64_t storage_offset);
+
+  Index index() const {
+    return {{storages.data(), storages.size()},
+            {tensors.data(), tensors.size()},
+            {dims.data(), dims.size()},
+            names};
+  }
+};
+
 // ---- Encoding ----
 
 // What a header says. Sections are those other than the four tables.
@@ -194,6 +221,9 @@ class Header {
   // without the data section holds.
   static Header decode(std::unique_ptr<std::uint64_t[]> bytes, const Preamble& preamble);
 
+  // What stands for the header of a file of another format: version 0, and no bytes of its own.
+  explicit Header(Tables&& tables);
+
   const Preamble& preamble() const { return preamble_; }
   const Index& index() const { return index_; }
   const std::vector<std::string>& devices() const { return devices_; }
@@ -203,6 +233,7 @@ class Header {
 
  private:
   std::unique_ptr<std::uint64_t[]> bytes_;
+  std::unique_ptr<Tables> tables_;
   Preamble preamble_{};
   Index index_;
   std::vector<std::string> devices_;

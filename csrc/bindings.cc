@@ -199,7 +199,7 @@ py::tuple storage_record(const Reader& reader, std::size_t i) {
   const bool has_checksum = (storage.flags & kStorageHasChecksum) != 0;
   return py::make_tuple(reader.file().begin() + storage.offset, storage.bytes,
                         has_checksum ? py::object(py::int_(storage.crc32c)) : py::none(),
-                        reader.header().devices()[storage.device],
+                        reader.object().devices()[storage.device],
                         (storage.flags & kStorageHasNoData) != 0);
 }
 
@@ -212,8 +212,20 @@ py::list tensor_names(const Reader& reader) {
   return names;
 }
 
-py::object header_section(const Reader& reader, std::uint32_t kind) {
-  const std::string_view bytes = reader.header().section(Section{kind});
+const char* container_name(const Reader& reader) {
+  switch (reader.container()) {
+    case Container::kSafetensors:
+      return "safetensors";
+    case Container::kTorch:
+      return "pth";
+    default:
+      return "fsd";
+  }
+}
+
+py::object find_section(const Reader& reader, std::uint32_t kind) {
+  std::string_view bytes = reader.object().section(Section{kind});
+  if (bytes.data() == nullptr) bytes = reader.header().section(Section{kind});
   if (bytes.data() == nullptr) return py::none();
   return py::bytes(bytes.data(), bytes.size());
 }
@@ -255,6 +267,32 @@ py::tuple load(const Reader& reader, bool is_ordered, bool bases_only, Numbers w
   return py::make_tuple(py::reinterpret_steal<py::dict>(loaded.by_name),
                         py::reinterpret_steal<py::list>(loaded.rest),
                         py::reinterpret_steal<py::dict>(loaded.bases));
+}
+
+py::dict load_keyed_storages(const Reader& reader) {
+  std::vector<Bytes> bytes;
+  {
+    const py::gil_scoped_release no_gil;
+    const std::vector<bool> all(reader.index().storages.size(), true);
+    bytes = reader.bytes_of(all, check_signals);
+  }
+  PyObject* storages = load_storages(reader.header().index(), bytes);
+  if (storages == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::dict>(storages);
+}
+
+py::dict storage_places(const Reader& reader) {
+  const Index& by_key = reader.header().index();
+  py::dict places;
+  for (const TensorRecord& tensor : by_key.tensors) {
+    if (!is_stored_storage(by_key, tensor)) continue;
+    const std::uint64_t offset =
+        reader.file().begin() + by_key.storages[tensor.storage].offset + tensor.storage_offset;
+    const std::string_view key = by_key.name(tensor);
+    places[py::str(key.data(), key.size())] =
+        py::make_tuple(offset, by_key.dims[tensor.dims_offset]);
+  }
+  return places;
 }
 
 py::object load_base(const Reader& reader, std::size_t storage, std::uint64_t begin,
@@ -409,22 +447,27 @@ void register_reader(py::module_& module) {
                                                      preamble.version_minor);
                              })
       .def_property_readonly("file_flags",
-                             [](const Reader& self) { return self.header().preamble().flags; })
+                             [](const Reader& self) { return self.object().preamble().flags; })
       .def_property_readonly("file_bytes",
                              [](const Reader& self) { return self.header().preamble().file_bytes; })
       .def_property_readonly(
           "header_bytes", [](const Reader& self) { return self.header().preamble().header_bytes; })
-      .def_property_readonly("devices", [](const Reader& self) { return self.header().devices(); })
+      .def_property_readonly("format", &container_name)
+      .def_property_readonly("is_plain", &Reader::is_plain)
+      .def_property_readonly("globals", &Reader::globals)
+      .def_property_readonly("devices", [](const Reader& self) { return self.object().devices(); })
       .def_property_readonly("tensor_count",
                              [](const Reader& self) { return self.index().tensors.size(); })
       .def_property_readonly("storage_count",
                              [](const Reader& self) { return self.index().storages.size(); })
-      .def("section", &header_section, py::arg("kind"))
+      .def("section", &find_section, py::arg("kind"))
       .def("names", &tensor_names)
       .def("tensor", &tensor_record, py::arg("number"))
       .def("storage", &storage_record, py::arg("number"))
       .def("load", &load, py::arg("is_ordered"), py::arg("bases_only"),
            py::arg("numbers") = py::none())
+      .def("load_storages", &load_keyed_storages)
+      .def("storage_places", &storage_places)
       .def("base", &load_base, py::arg("storage"), py::arg("begin"), py::arg("end"))
       .def("find_damage", &find_damage);
   py::class_<Prefetch>(module, "Prefetch")

@@ -309,6 +309,13 @@ Strided Index::view(const TensorRecord& tensor) const {
   return {dtype == nullptr ? 1U : dtype->item_bytes, tensor.rank, shape, shape + tensor.rank};
 }
 
+bool is_stored_storage(const Index& index, const TensorRecord& tensor) {
+  const bool is_bytes = tensor.dtype == static_cast<std::uint16_t>(DType::kUInt8) &&
+                        tensor.rank == 1 && tensor.flags == 0;
+  const bool has_data = (index.storages[tensor.storage].flags & kStorageHasNoData) == 0;
+  return is_bytes && has_data && index.dims[tensor.dims_offset + 1] == 1;
+}
+
 std::uint32_t Tables::add_tensor(std::string_view name, std::uint16_t dtype, std::uint32_t rank,
                                  const std::int64_t* own_dims, std::uint32_t storage,
                                  std::uint64_t storage_offset) {

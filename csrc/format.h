@@ -148,6 +148,9 @@ struct Index {
   Strided view(const TensorRecord& tensor) const;
 };
 
+// Whether a tensor is a storage of the pickle section (docs/FORMAT.md, "Pickle"): bytes, in a row.
+bool is_stored_storage(const Index& index, const TensorRecord& tensor);
+
 // Bytes of the file that a storage takes: none for a meta storage.
 inline std::uint64_t stored_bytes(const StorageRecord& storage) {
   return (storage.flags & kStorageHasNoData) != 0 ? 0 : storage.bytes;

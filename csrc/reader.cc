@@ -8,6 +8,8 @@
 
 #include "checksum.h"
 #include "error.h"
+#include "safetensors.h"
+#include "torch_zip.h"
 
 namespace fastsd {
 namespace {
@@ -42,6 +44,23 @@ std::uint64_t fill(const std::shared_ptr<Memory>& memory, std::uint64_t begin, s
     begin += got;
   }
   return begin;
+}
+
+// All that a stream has, of which the first `count` bytes have been read; and how much that is.
+// `bytes`: of it, if that is known, or UINT64_MAX.
+std::pair<std::shared_ptr<Memory>, std::uint64_t> fill_all(const std::shared_ptr<Memory>& first,
+                                                           std::uint64_t count, std::uint64_t bytes,
+                                                           const ReadSome& read_some) {
+  std::uint64_t room = bytes == UINT64_MAX ? 2 * kStepBytes : std::max(bytes, count) + 1;
+  std::shared_ptr<Memory> memory = Memory::allocate(room);
+  std::memcpy(memory->data(), first->data(), count);
+  while ((count = fill(memory, count, room, read_some)) == room) {
+    room *= 2;
+    const std::shared_ptr<Memory> larger = Memory::allocate(room);
+    std::memcpy(larger->data(), memory->data(), count);
+    memory = larger;
+  }
+  return {memory, count};
 }
 
 // Not value-initialized: each byte is overwritten at once.
@@ -102,6 +121,14 @@ Reader::Reader(const ReadSome& read_some, const std::string& name, std::uint64_t
   }
 }
 
+Container find_container(const void* bytes, std::size_t count) {
+  const auto* first = static_cast<const unsigned char*>(bytes);
+  if (count >= 4 && std::memcmp(first, "PK\x03\x04", 4) == 0) return Container::kTorch;
+  // The size of the JSON that follows, which nobody gives in more than six bytes; text would.
+  const bool has_size = count >= 9 && first[6] == 0 && first[7] == 0;
+  return has_size && first[8] == '{' ? Container::kSafetensors : Container::kFsd;
+}
+
 void Reader::read_header(bool is_whole_file) {
   // The header is read, not mapped: what has been validated must not change afterwards. That of a
   // small file comes with the first read.
@@ -110,6 +137,22 @@ void Reader::read_header(bool is_whole_file) {
   const auto first_bytes =
       static_cast<std::size_t>(std::min<std::uint64_t>(first_bytes_max, file_.bytes()));
   file_.read_at(first, first_bytes, 0);
+  container_ = find_container(first, first_bytes);
+  switch (container_) {
+    case Container::kFsd:
+      read_fsd(first, first_bytes, is_whole_file);
+      break;
+    case Container::kSafetensors:
+      header_ = Header(read_safetensors(file_));
+      break;
+    case Container::kTorch:
+      header_ = Header(read_torch_zip(file_));
+      break;
+  }
+  find_object();
+}
+
+void Reader::read_fsd(const unsigned char* first, std::size_t first_bytes, bool is_whole_file) {
   const Preamble preamble = decode_preamble(first, first_bytes, file_.bytes());
   if (is_whole_file && file_.bytes() > preamble.file_bytes) {
     throw Error(Failure::kFormat, "the file has " + std::to_string(file_.bytes()) +
@@ -124,11 +167,29 @@ void Reader::read_header(bool is_whole_file) {
   header_ = Header::decode(std::move(bytes), preamble);
 }
 
+void Reader::find_object() {
+  const std::string_view stream = header_.section(Section::kPickle);
+  if (stream.data() == nullptr) return;
+  // Storages in the other byte order are turned while torch unpickles; until then they are bytes.
+  is_plain_ = header_.section(Section::kByteOrder) != "big";
+  if (!is_plain_) return;
+  PickledObject found = read_torch_pickle(stream, header_.index());
+  is_plain_ = found.is_plain;
+  globals_ = std::move(found.globals);
+  if (found.is_plain || !found.tables.tensors.empty()) object_.emplace(std::move(found.tables));
+}
+
 // Nothing is asked for before what came until then has been validated: a stream may be a connection
 // that stays open, and a damaged size must not make anybody wait for what never comes.
 void Reader::read_stream(const ReadSome& read_some, std::uint64_t begin, std::uint64_t bytes) {
   const std::shared_ptr<Memory> first = Memory::allocate(sizeof(Preamble));
   const std::uint64_t first_bytes = fill(first, 0, sizeof(Preamble), read_some);
+  if (find_container(first->data(), first_bytes) != Container::kFsd) {
+    const auto [memory, whole_bytes] = fill_all(first, first_bytes, bytes, read_some);
+    file_ = File(memory, whole_bytes, file_.name(), begin);
+    read_header(true);
+    return;
+  }
   const Preamble preamble = decode_preamble(first->data(), first_bytes,
                                             first_bytes < sizeof(Preamble) ? first_bytes : bytes);
   const auto read_part = [&](const std::shared_ptr<Memory>& memory, std::uint64_t from,
@@ -143,6 +204,7 @@ void Reader::read_stream(const ReadSome& read_some, std::uint64_t begin, std::ui
   std::unique_ptr<std::uint64_t[]> words = allocate_header(preamble);
   std::memcpy(words.get(), head->data(), preamble.header_bytes);
   header_ = Header::decode(std::move(words), preamble);
+  find_object();
 
   const std::shared_ptr<Memory> memory = Memory::allocate(preamble.file_bytes);
   read_part(memory, preamble.header_bytes, preamble.file_bytes);
@@ -249,7 +311,7 @@ std::vector<std::size_t> Reader::find_damage(const Interrupt& interrupt) const {
     file_.read_at(slabs[worker].get(), bytes, offset);
     parts[i] = crc32c(0, slabs[worker].get(), bytes);
   });
-  check_padding();
+  if (container_ == Container::kFsd) check_padding();
   std::vector<std::size_t> damaged;
   for (std::size_t i = 0; i < steps.size();) {
     const std::size_t storage = steps[i].storage;

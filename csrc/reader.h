@@ -1,4 +1,5 @@
-// From a container to memory: mapped, read in parallel, or as a stream gives it.
+// From a file to memory: mapped, read in parallel, or as a stream gives it. What kind of file it is
+// its first bytes say, and nothing behind this knows.
 #pragma once
 
 #include <atomic>
@@ -6,12 +7,14 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "file.h"
 #include "format.h"
+#include "torch_pickle.h"
 #include "workers.h"
 
 namespace fastsd {
@@ -26,11 +29,26 @@ enum class Access {
 // aligned as it is in the file, and torch's own allocator aligns to this.
 constexpr std::uint64_t kMapAlignBytes = 64;
 
+enum class Container {
+  kFsd,
+  kSafetensors,
+  kTorch,  // the zip files of torch.save
+};
+
+// By the first `count` bytes of a file. What is nothing that is known counts as kFsd, whose reader
+// says what is wrong with it.
+Container find_container(const void* bytes, std::size_t count);
+
 // Fills the front of `target`, which has room for `room` > 0 bytes; returns how much that is, and 0
 // at the end. Whoever keeps the address keeps the owner.
 using ReadSome = std::function<std::size_t(const Bytes& target, std::size_t room)>;
 
-// An .fsd archive whose header has been read and validated. Thread-safe.
+// An archive whose header, or what stands for one in its container, has been read and validated.
+// Thread-safe.
+//
+// It has two indexes over the same storages: that of the container, and that of the object in it.
+// They are one unless there is a pickle. Then the container knows storages by torch's keys, and the
+// object's tensors are those that the stream, which is not unpickled for that, has names for.
 class Reader {
  public:
   // Each throws Error with the name, which is what messages call the file. Places that they name
@@ -46,13 +64,21 @@ class Reader {
 
   // The archive that comes next in a stream, in which it starts at `begin`, as far as that is
   // known. Its data are read, too, into memory that becomes that of the tensors; not a byte behind
-  // the archive is asked for. `bytes`: what is left of the stream, if that is known, or UINT64_MAX.
+  // an .fsd archive is asked for, while others reach to the end of the stream. `bytes`: what is
+  // left of that, if it is known, or UINT64_MAX.
   Reader(const ReadSome& read_some, const std::string& name, std::uint64_t begin,
          std::uint64_t bytes);
 
   const File& file() const { return file_; }
+  Container container() const { return container_; }
   const Header& header() const { return header_; }
-  const Index& index() const { return header_.index(); }
+  const Header& object() const { return object_ ? *object_ : header_; }
+  const Index& index() const { return object().index(); }
+
+  // Whether object() is all there is to load; otherwise torch has to unpickle the stream.
+  bool is_plain() const { return is_plain_; }
+  const std::vector<std::string>& globals() const { return globals_; }  // that the stream names
+
   const std::shared_ptr<Memory>& mapping() const { return mapping_; }  // nullptr: to be read
 
   // The bytes [begin, end) of a storage: of the mapping, or freshly read.
@@ -65,18 +91,25 @@ class Reader {
   std::vector<Bytes> bytes_of(const std::vector<bool>& is_wanted, const Interrupt& interrupt) const;
 
   // Reads every stored byte, in parallel; returns the storages whose bytes do not have the checksum
-  // recorded for them. Storages without one are not read. Throws kFormat if padding is not zero.
+  // recorded for them. Storages without one are not read. Throws kFormat if an .fsd archive has
+  // padding that is not zero.
   std::vector<std::size_t> find_damage(const Interrupt& interrupt) const;
 
  private:
   void read_header(bool is_whole_file);
+  void read_fsd(const unsigned char* first, std::size_t first_bytes, bool is_whole_file);
+  void find_object();
   void read_stream(const ReadSome& read_some, std::uint64_t begin, std::uint64_t bytes);
   void map(Access access);
   void read(const std::vector<File::Piece>& extents, const Interrupt& interrupt) const;
   void check_padding() const;
 
   File file_;
+  Container container_ = Container::kFsd;
   Header header_;
+  std::optional<Header> object_;  // nothing: header_ has it
+  bool is_plain_ = true;
+  std::vector<std::string> globals_;
   std::shared_ptr<Memory> mapping_;
   mutable std::atomic<bool> is_handed_out_{false};  // the memory of a stream
 };

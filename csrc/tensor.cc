@@ -141,6 +141,11 @@ std::vector<std::uint32_t> count_tensors(const Index& index) {
   return counts;
 }
 
+// Whether a tensor reaches all bytes of its storage; torch's storages may be larger.
+bool is_whole(const Index& index, const TensorRecord& tensor, const StorageRecord& storage) {
+  return tensor.storage_offset == 0 && extent_bytes(index.view(tensor)) == storage.bytes;
+}
+
 bool append_number(PyObject* list, std::size_t number) {
   const Reference object(PyLong_FromSize_t(number));
   return object.get() != nullptr && PyList_Append(list, object.get()) == 0;
@@ -247,7 +252,8 @@ bool load_tensors(const Index& index, const std::vector<std::size_t>& numbers,
     const StorageRecord& storage = index.storages[tensor.storage];
     const bool is_plain = !is_all_rest && can_make(dtype) && tensor.same_as == i &&
                           counts[tensor.storage] == 1 && tensor.flags == 0 &&
-                          tensor.storage_offset == 0 && (storage.flags & kStorageHasNoData) == 0;
+                          (storage.flags & kStorageHasNoData) == 0 &&
+                          is_whole(index, tensor, storage);
     if (!is_plain) {
       if (set_item(by_name.get(), name.get(), Py_None) != 0 || !append_number(rest.get(), i) ||
           !add_base(bases.get(), tensor.storage, storage, bytes[tensor.storage])) {
@@ -263,6 +269,27 @@ bool load_tensors(const Index& index, const std::vector<std::size_t>& numbers,
   }
   *loaded = {by_name.release(), rest.release(), bases.release()};
   return true;
+}
+
+PyObject* load_storages(const Index& by_key, const std::vector<Bytes>& bytes) {
+  const CollectionPause pause;
+  Reference storages(PyDict_New());
+  if (storages.get() == nullptr) return nullptr;
+  for (const TensorRecord& tensor : by_key.tensors) {
+    if (!is_stored_storage(by_key, tensor)) continue;
+    const std::string_view text = by_key.name(tensor);
+    const Reference key(
+        PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), nullptr));
+    const std::int64_t* shape = by_key.dims.data() + tensor.dims_offset;
+    const Bytes& whole = bytes[tensor.storage];
+    const Reference storage(make_tensor({whole.data + tensor.storage_offset, whole.owner},
+                                        *find_dtype(tensor.dtype), 1, shape, shape + 1));
+    if (key.get() == nullptr || storage.get() == nullptr ||
+        PyDict_SetItem(storages.get(), key.get(), storage.get()) != 0) {
+      return nullptr;
+    }
+  }
+  return storages.release();
 }
 
 }  // namespace fastsd

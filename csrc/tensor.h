@@ -63,4 +63,8 @@ bool load_tensors(const Index& index, const std::vector<std::size_t>& numbers,
                   const std::vector<Bytes>& bytes, bool is_ordered, bool is_all_rest,
                   LoadedTensors* loaded);
 
+// The storages of a pickle section: a dict from key to all bytes of the storage, as a uint8 tensor.
+// `by_key`: the container's index; what is in it and is no such storage is left out.
+PyObject* load_storages(const Index& by_key, const std::vector<Bytes>& bytes);
+
 }  // namespace fastsd

@@ -77,7 +77,10 @@ class Room(metaclass=_pybind11_type):
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
 class Reader(metaclass=_pybind11_type):
-    """An .fsd archive whose header has been validated. Thread-safe."""
+    """An archive whose header has been validated, whatever its container. Thread-safe.
+
+    Names, tensors, devices and flags are those of the object in it, as far as they can be told
+    without unpickling."""
 
     def __init__(self, path: str | bytes, name: str | bytes, mmap: bool | None) -> None:
         """A file that is one archive. ``name`` is what messages call it."""
@@ -96,10 +99,23 @@ class Reader(metaclass=_pybind11_type):
         """The archive that ``read_into`` gives, all of which is read, into memory that `load` hands
         out. It fills the front of a buffer and returns how much that is, and 0 at the end.
         ``begin`` is where the archive starts and ``bytes`` what is left there, if that is
-        known."""
+        known. What is no .fsd archive is read to the end of the stream."""
 
     @property
     def name(self) -> str: ...
+    @property
+    def format(self) -> str:
+        """The container: "fsd", "pth" or "safetensors"."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tensors, tree and flags are all there is to load; else the section PICKLE has to
+        be unpickled."""
+
+    @property
+    def globals(self) -> list[str]:
+        """What a pickle that is not plain refers to, as "module.name"."""
+
     @property
     def is_mapped(self) -> bool: ...
     @property
@@ -117,7 +133,8 @@ class Reader(metaclass=_pybind11_type):
     @property
     def storage_count(self) -> int: ...
     def section(self, kind: int) -> bytes | None:
-        """The bytes of a section of the header, None if there is none."""
+        """The bytes of a section of the header, None if there is none. Numbers from 0x10000 on are
+        for what other containers have."""
 
     def names(self) -> list[str]: ...
     def tensor(
@@ -137,6 +154,12 @@ class Reader(metaclass=_pybind11_type):
         numbers of those that are None because they need more than DLPack; and for these, the bytes
         of each storage they lie in. Only storages of these tensors are read; of a stream once,
         and last. ``bases_only``: leave all to the caller."""
+
+    def load_storages(self) -> dict[str, torch.Tensor]:
+        """The storages that a pickle names, by key, as uint8 tensors. Of a stream once, and last."""
+
+    def storage_places(self) -> dict[str, tuple[int, int]]:
+        """The same storages' offsets in the file, wherever the archive starts, and their bytes."""
 
     def base(self, storage: int, begin: int, end: int) -> torch.Tensor:
         """Bytes of a storage as a uint8 tensor: a view of the mapping, or freshly read."""

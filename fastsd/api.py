@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import builtins
 import os
-from collections import OrderedDict
 from collections.abc import Mapping, MutableMapping
+from contextlib import ExitStack
+from io import BytesIO
 from typing import IO, Any, Literal
 
 import torch
 
 from fastsd import _core, pickled, tree
-from fastsd.archive import Archive, Restore, load_tensors
+from fastsd.archive import Archive
 from fastsd.archive import verify as verify_archive
-from fastsd.errors import ChecksumError, FormatError, NotPlainError, UnsupportedError
-from fastsd.files import encode_path, is_path, is_stream_path, open_source, write_stream
-from fastsd.formats import fsd
+from fastsd.errors import ChecksumError, NotPlainError, UnsupportedError
+from fastsd.files import Source, encode_path, is_path, is_stream_path, write_stream
+from fastsd.formats import fsd, legacy
+from fastsd.formats.detect import open_any
 from fastsd.into import Target
-from fastsd.names import Choice, NameRules, Rename, Select
-from fastsd.placement import asks_packages, find_restore, skips_data
+from fastsd.names import NameRules, Rename, Select
+from fastsd.placement import asks_packages, skips_data
+from fastsd.restore import restore
 from fastsd.tensors import CPU, Describer, warn_of_hooks
 
 PathOrFile = str | os.PathLike[str] | IO[bytes]
@@ -198,10 +201,24 @@ def load(
     how = pickled.Unpickling(weights_only, pickle_module, pickle_load_args)
     how.check()
     rules = _make_rules(prefix, select, rename)
-    with open_source(f) as source:
-        reader = fsd.open_reader(source, mmap)
-        _verify(reader, verify)
-        return _load(reader, map_location, how, rules)[0]
+    with open_any(f, mmap) as opened:
+        if opened.source is not None:
+            return _load_through_torch(opened.source, map_location, how, rules)
+        _verify(opened.readers, verify)
+        return restore(opened.readers, map_location, how, rules)[0]
+
+
+def _load_through_torch(
+    source: Source, map_location: Any, how: pickled.Unpickling, rules: NameRules | None
+) -> Any:
+    obj = legacy.load(
+        source,
+        map_location,
+        weights_only=pickled.is_restricted(how),
+        pickle_module=how.pickle_module,
+        load_args=dict(how.load_args),
+    )
+    return pickled.choose(obj, rules, source.name) if rules else obj
 
 
 def _make_rules(
@@ -216,63 +233,18 @@ def _check_verify(verify: str) -> None:
         raise ValueError(f"verify must be 'structure' or 'checksums', not {verify!r}")
 
 
-def _verify(reader: _core.Reader, verify: Verify) -> None:
+def _verify(readers: list[_core.Reader], verify: Verify) -> None:
     if verify == "checksums":
-        report = verify_archive(reader)
+        report = verify_archive(readers)
         if report.unchecked:
             raise ChecksumError(
                 f"there is nothing to check {len(report.unchecked)} tensors against: "
-                "they were saved with checksum=False",
-                path=reader.name,
+                "they were saved without checksums",
+                path=readers[0].name,
                 tensors=report.unchecked,
             )
-    fsd.decode_metadata(reader)  # for open() to give, but damaged is damaged
-
-
-def _load(
-    reader: _core.Reader, map_location: Any, how: pickled.Unpickling, rules: NameRules | None
-) -> tuple[Any, list[int] | None]:
-    """What was saved, or what is chosen of it; and the numbers of its tensors, None for all."""
-    stream = reader.section(fsd.Section.PICKLE)
-    if stream is not None:
-        obj = pickled.load(reader, stream, map_location, how)
-        return (pickled.choose(obj, rules, reader.name) if rules else obj), None
-    choice = rules.choose(reader.names(), reader.name) if rules else None
-    numbers = choice.numbers if choice else None
-    try:
-        restore = find_restore(map_location, reader.devices)
-        restored = _restore_chosen(reader, restore, choice) if choice else _restore(reader, restore)
-    except FormatError as error:
-        error.path = reader.name
-        raise
-    return restored, numbers
-
-
-def _restore(reader: _core.Reader, restore: Restore | None) -> Any:
-    """The plain object that was saved; ``restore`` as for `load_tensors`."""
-    text = reader.section(fsd.Section.TREE)
-    if text is not None:
-        return tree.restore_tree(text, list(load_tensors(reader, restore).values()))
-    metadata = tree.restore_metadata(reader.section(fsd.Section.STATE_METADATA))
-    is_ordered = metadata is not None or bool(reader.file_flags & fsd.ROOT_IS_ORDERED_DICT)
-    return tree.restore_flat(load_tensors(reader, restore, is_ordered=is_ordered), metadata)
-
-
-def _restore_chosen(
-    reader: _core.Reader, restore: Restore | None, choice: Choice
-) -> dict[str, torch.Tensor]:
-    """Chosen tensors under their new names, with the `_metadata` of their modules."""
-    tensors = load_tensors(reader, restore, choice.numbers)
-    text = reader.section(fsd.Section.TREE)
-    prefix = choice.rules.prefix
-    if text is None:
-        metadata = tree.restore_metadata(reader.section(fsd.Section.STATE_METADATA))
-    else:
-        metadata, prefix = tree.find_metadata(text, prefix, reader.tensor_count)
-    metadata = choice.rules.rename_modules(metadata, prefix)
-    is_ordered = metadata is not None or bool(reader.file_flags & fsd.ROOT_IS_ORDERED_DICT)
-    by_name = zip(choice.names, tensors.values(), strict=True)
-    return tree.restore_flat(OrderedDict(by_name) if is_ordered else dict(by_name), metadata)
+    for reader in readers:
+        fsd.decode_metadata(reader)  # for open() to give, but damaged is damaged
 
 
 def load_into(
@@ -336,26 +308,29 @@ def load_into(
         mmap = True if into.copies else None if into.takes_tensors else False
     _check_verify(verify)
     how = pickled.Unpickling(weights_only)
-    with open_source(f) as source:
-        reader = fsd.open_reader(source, mmap)
-        _verify(reader, verify)
-        return _load_into(into, reader, how, rules)
-
-
-def _load_into(
-    into: Target, reader: _core.Reader, how: pickled.Unpickling, rules: NameRules | None
-) -> Any:
     # What is copied goes where the target is; what is assigned, where load() would put it.
-    state, numbers = _load(reader, CPU if into.moves else None, how, rules)
+    map_location = CPU if into.moves else None
+    with open_any(f, mmap) as opened:
+        if opened.source is not None:
+            state = _load_through_torch(opened.source, map_location, how, rules)
+            return _fill(into, state, opened.source.name, [])
+        readers = opened.readers
+        _verify(readers, verify)
+        state, numbers = restore(readers, map_location, how, rules)
+        return _fill(into, state, readers[0].name, list(zip(readers, numbers, strict=True)))
+
+
+def _fill(
+    into: Target, state: Any, path: str, sources: list[tuple[_core.Reader, list[int] | None]]
+) -> Any:
+    """Hands the state over, while what it is copied from is read ahead."""
     if into.takes_tensors and not isinstance(state, dict):
-        raise UnsupportedError(f"holds a {type(state).__name__}, no state_dict", path=reader.name)
-    if not into.copies:
+        raise UnsupportedError(f"holds a {type(state).__name__}, no state_dict", path=path)
+    with ExitStack() as stack:
+        if into.copies:
+            for reader, numbers in sources:
+                stack.callback(_core.Prefetch(reader, numbers).stop)
         return into.load(state)
-    prefetch = _core.Prefetch(reader, numbers)
-    try:
-        return into.load(state)
-    finally:
-        prefetch.stop()
 
 
 def open(f: PathOrFile, device: torch.device | str = CPU, *, mmap: bool | None = None) -> Archive:
@@ -367,8 +342,27 @@ def open(f: PathOrFile, device: torch.device | str = CPU, *, mmap: bool | None =
     mapped and is no regular file everything is read at once; tensors are copies then. Raises what
     `load` raises.
     """
-    with open_source(f) as source:
-        return fsd.open_archive(source, mmap, device)
+    with open_any(f, mmap) as opened:
+        readers = opened.readers
+        if opened.source is not None:
+            readers = [_rewrite(_load_through_torch(opened.source, CPU, pickled.Unpickling(), None))]
+        return Archive(readers, _merge_metadata(readers), device)
+
+
+def _merge_metadata(readers: list[_core.Reader]) -> dict[str, str]:
+    merged: dict[str, str] = {}
+    for reader in readers:
+        merged.update(fsd.decode_metadata(reader))
+    return merged
+
+
+def _rewrite(obj: object) -> _core.Reader:
+    """An archive in memory, of what torch had to load."""
+    stream = BytesIO()
+    write_stream(_make_plan(obj, None, None, None), stream, durable=False, checksum=False)
+    stream.seek(0)
+    with open_any(stream, None) as opened:
+        return opened.readers[0]
 
 
 def get_unsafe_globals_in_checkpoint(f: PathOrFile) -> list[str]:
@@ -379,7 +373,14 @@ def get_unsafe_globals_in_checkpoint(f: PathOrFile) -> list[str]:
     unpickled or imported. Raises UnpicklingError for a pickle that weights_only could not read
     anyway, and what `open` raises.
     """
-    with open_source(f) as source:
-        reader = fsd.open_reader(source, None)
+    with open_any(f, None) as opened:
+        if opened.source is not None:
+            with opened.source.open_stream() as stream:
+                return torch.serialization.get_unsafe_globals_in_checkpoint(stream)
+        readers = opened.readers
+    return sorted({name for reader in readers for name in _find_unsafe_globals(reader)})
+
+
+def _find_unsafe_globals(reader: _core.Reader) -> list[str]:
     stream = reader.section(fsd.Section.PICKLE)
     return [] if stream is None else pickled.find_unsafe_globals(stream, reader.name)

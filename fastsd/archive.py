@@ -35,8 +35,8 @@ class TensorInfo:
 
     ``stride`` and ``storage_offset`` count items, ``nbytes`` the bytes of all elements; tensors
     with the same ``storage`` share memory. ``file_offset`` is where the storage starts in the
-    file, wherever in it the archive does, and ``crc32c`` its checksum, None if it was saved
-    without.
+    file ``path``, wherever in it the archive does, and ``crc32c`` its checksum, None if it was
+    saved without, or in a container that has another kind or none.
     """
 
     name: str
@@ -51,6 +51,7 @@ class TensorInfo:
     storage_nbytes: int
     file_offset: int
     crc32c: int | None
+    path: str
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,27 @@ class Archive(Mapping[str, torch.Tensor]):
     """
 
     def __init__(
-        self, reader: _core.Reader, metadata: Mapping[str, str], device: torch.device | str = CPU
+        self,
+        readers: Sequence[_core.Reader],
+        metadata: Mapping[str, str],
+        device: torch.device | str = CPU,
     ) -> None:
-        self._reader: _core.Reader | None = reader
+        self._readers: list[_core.Reader] = list(readers)  # one a file; none once it is closed
         self._metadata = metadata
         self._device = torch.device(device)
-        self._numbers = {name: number for number, name in enumerate(reader.names())}
-        self._shared = _find_shared(reader)
-        self._bases: dict[int, torch.Tensor] = {}
+        self._places = {
+            name: (file, number)
+            for file, reader in enumerate(readers)
+            for number, name in enumerate(reader.names())
+        }
+        self._shared = {
+            (file, storage)
+            for file, reader in enumerate(readers)
+            for storage in _find_shared(reader)
+        }
+        counts = [reader.storage_count for reader in readers]
+        self._first_storages = [sum(counts[:file]) for file in range(len(counts))]
+        self._bases: dict[tuple[int, int], torch.Tensor] = {}
 
     # ---- Mapping ----
 
@@ -117,23 +131,23 @@ class Archive(Mapping[str, torch.Tensor]):
         return self._read(name, ...)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._numbers)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._places)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._numbers
+        return name in self._places
 
     def __repr__(self) -> str:
-        state = "closed" if self._reader is None else repr(self._reader.name)
+        state = ", ".join(map(repr, self.files)) or "closed"
         return f"<fastsd.Archive {state}, {len(self)} tensors>"
 
     # ---- Looking without reading ----
 
     def info(self, name: str) -> TensorInfo:
         """What is known of a tensor. Raises NamesError, a KeyError, if there is none."""
-        _, record, storage = self._find(name)
+        file, record, storage = self._find(name)
         dtype = dtype_of(record.dtype)
         shape = torch.Size(record.shape)
         return TensorInfo(
@@ -144,11 +158,12 @@ class Archive(Mapping[str, torch.Tensor]):
             nbytes=shape.numel() * dtype.itemsize,
             requires_grad=bool(record.flags & REQUIRES_GRAD),
             device=storage.device,
-            storage=record.storage,
+            storage=self._first_storages[file] + record.storage,
             storage_offset=record.storage_offset,
             storage_nbytes=storage.nbytes,
             file_offset=storage.offset,
             crc32c=storage.crc32c,
+            path=self._readers[file].name,
         )
 
     @property
@@ -157,9 +172,25 @@ class Archive(Mapping[str, torch.Tensor]):
         return dict(self._metadata)
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """The files that it is in: one, or one for each shard. None once it is closed."""
+        return tuple(reader.name for reader in self._readers)
+
+    @property
+    def format(self) -> str:
+        """What the files are: "fsd", "pth" (torch.save's zip files) or "safetensors"."""
+        return self._open_readers()[0].format
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tensors and plain values are all that is in it. False: there is a pickle that
+        only an unpickler can load as it was; the tensors that it names are here all the same."""
+        return all(reader.is_plain for reader in self._open_readers())
+
+    @property
     def is_mapped(self) -> bool:
         """Whether tensors are views of the mapped file; else they are read into memory."""
-        return self._open_reader().is_mapped
+        return all(reader.is_mapped for reader in self._open_readers())
 
     def get_slice(self, name: str) -> TensorSlice:
         """The tensor as something to be indexed, so that only a part of it is read."""
@@ -171,11 +202,11 @@ class Archive(Mapping[str, torch.Tensor]):
         Raises ChecksumError, naming the tensors, where they differ. Memory is not touched: what is
         verified is the file.
         """
-        return verify(self._open_reader())
+        return verify(self._open_readers())
 
     def close(self) -> None:
         """Forgets the file. Tensors stay as they are."""
-        self._reader = None
+        self._readers = []
         self._bases.clear()
 
     def __enter__(self) -> Archive:
@@ -186,21 +217,21 @@ class Archive(Mapping[str, torch.Tensor]):
 
     # ---- Reading ----
 
-    def _open_reader(self) -> _core.Reader:
-        if self._reader is None:
+    def _open_readers(self) -> list[_core.Reader]:
+        if not self._readers:
             raise ValueError("the archive is closed")
-        return self._reader
+        return self._readers
 
-    def _find(self, name: str) -> tuple[_core.Reader, TensorRecord, StorageRecord]:
-        reader = self._open_reader()
-        number = self._numbers.get(name)
-        if number is None:
-            raise NamesError(f"holds no tensor {name!r}", path=reader.name)
-        record = TensorRecord(*reader.tensor(number))
-        return reader, record, StorageRecord(*reader.storage(record.storage))
+    def _find(self, name: str) -> tuple[int, TensorRecord, StorageRecord]:
+        readers = self._open_readers()
+        if name not in self._places:
+            raise NamesError(f"holds no tensor {name!r}", path=readers[0].name)
+        file, number = self._places[name]
+        record = TensorRecord(*readers[file].tensor(number))
+        return file, record, StorageRecord(*readers[file].storage(record.storage))
 
     def _read(self, name: str, index: Any) -> torch.Tensor:
-        reader, record, stored = self._find(name)
+        file, record, stored = self._find(name)
         dtype = dtype_of(record.dtype)
         # Torch itself says what an index means, on a tensor without memory.
         whole = torch.empty_strided(record.shape, record.stride, dtype=torch.uint8, device="meta")
@@ -214,26 +245,28 @@ class Archive(Mapping[str, torch.Tensor]):
                 part_record.shape, part_record.stride, dtype=dtype, device="meta"
             )
         else:
-            base, base_begin = self._base(reader, part_record, offset, dtype.itemsize)
+            base, base_begin = self._base(file, part_record, offset, dtype.itemsize)
             first = offset - base_begin // dtype.itemsize
             tensor = view_storage(base.untyped_storage(), dtype, first, part_record)
         try:
             return apply_flags(name, tensor, record.flags)
         except FormatError as error:
-            error.path = reader.name
+            error.path = self._readers[file].name
             raise
 
     def _base(
-        self, reader: _core.Reader, record: TensorRecord, offset: int, itemsize: int
+        self, file: int, record: TensorRecord, offset: int, itemsize: int
     ) -> tuple[torch.Tensor, int]:
         """Bytes of a storage that hold a part of it, on the device, and where they start in it."""
+        reader = self._readers[file]
         number = record.storage
-        if number in self._shared:
-            base = self._bases.get(number)
+        if (file, number) in self._shared:
+            base = self._bases.get((file, number))
             if base is None:
                 nbytes = StorageRecord(*reader.storage(number)).nbytes
                 whole = reader.base(number, 0, nbytes).to(self._device)
-                base = self._bases.setdefault(number, whole)  # another thread's, if it was quicker
+                # another thread's, if it was quicker
+                base = self._bases.setdefault((file, number), whole)
             return base, 0
         begin = offset * itemsize
         end = begin + extent_items(record.shape, record.stride) * itemsize
@@ -269,8 +302,15 @@ def load_tensors(
     return loaded.by_name
 
 
-def verify(reader: _core.Reader) -> Verification:
-    """Compares every stored byte with its checksum; raises ChecksumError."""
+def verify(readers: Sequence[_core.Reader]) -> Verification:
+    """Compares every stored byte with its checksum; raises ChecksumError for the first file that
+    has others."""
+    parts = [_verify_file(reader) for reader in readers]
+    unchecked = [name for part in parts for name in part.unchecked]
+    return Verification(sum(part.checked_nbytes for part in parts), tuple(unchecked))
+
+
+def _verify_file(reader: _core.Reader) -> Verification:
     damaged = set(reader.find_damage())
     names = reader.names()
     checked = 0
@@ -287,13 +327,12 @@ def verify(reader: _core.Reader) -> Verification:
             affected.append(name)
         elif storage.crc32c is None and storage.nbytes > 0 and not storage.has_no_data:
             unchecked.append(name)
-    if affected:
-        first = TensorRecord(*reader.tensor(names.index(affected[0]))).storage
-        place = StorageRecord(*reader.storage(first))
+    if damaged:
+        place = StorageRecord(*reader.storage(min(damaged)))
+        named = ", ".join(f'"{name}"' for name in affected[:10]) or "none that has a name"
         raise ChecksumError(
             f"{len(damaged)} of {reader.storage_count} storages are damaged, the first at bytes "
-            f"{place.offset} to {place.offset + place.nbytes}; tensors affected: "
-            + ", ".join(f'"{name}"' for name in affected[:10])
+            f"{place.offset} to {place.offset + place.nbytes}; tensors affected: {named}"
             + (f" and {len(affected) - 10} more" if len(affected) > 10 else ""),
             path=reader.name,
             tensors=tuple(affected),

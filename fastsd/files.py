@@ -8,19 +8,20 @@ import operator
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from io import BytesIO, RawIOBase, TextIOBase
 from tempfile import SpooledTemporaryFile
-from typing import Any, NamedTuple
+from typing import IO, Any
 
 from fastsd import _core
 
 _WRITE_BYTES = 8 << 20
 _READ_BYTES = 1 << 20  # what is read is copied, while it is still in the processor's cache
-# docs/FORMAT.md, "The preamble".
+# docs/FORMAT.md, "The preamble": whoever has one may not be asked for a byte behind the archive.
+_MAGIC = b"\x8fFSD"
 _PREAMBLE_BYTES = 48
-_FILE_BYTES_AT = 24
+_FIRST_BYTES = 512  # what tells any format from the others
 
 
 def is_path(f: object) -> bool:
@@ -53,15 +54,28 @@ def is_stream_path(path: bytes) -> bool:
     return not stat.S_ISDIR(status.st_mode)
 
 
-class Source(NamedTuple):
-    """An archive to be read: its first bytes, and how to open it.
+class Source:
+    """An archive to be read: its first bytes, and how to open it."""
 
-    ``open`` takes ``mmap`` as `fastsd.load` does, and may be called once, within the context of
-    `open_source`. What cannot be mapped is read, whatever ``mmap`` says.
-    """
+    def __init__(
+        self,
+        peek: Callable[[], bytes],
+        open_reader: Callable[[bool | None], _core.Reader],
+        open_stream: Callable[[], AbstractContextManager[IO[bytes]]],
+        name: bytes,
+    ) -> None:
+        self.peek = peek
+        self.open_stream = open_stream  # at the start of it, for what only torch can read
+        self._open_reader = open_reader
+        self.name = os.fsdecode(name)
+        self.end: int | None = None
 
-    peek: Callable[[], bytes]
-    open: Callable[[bool | None], _core.Reader]
+    def open(self, mmap: bool | None) -> _core.Reader:
+        """Opens the archive; once, within the context of `open_source`. ``mmap`` as `fastsd.load`
+        takes it; what cannot be mapped is read, whatever it says."""
+        reader = self._open_reader(mmap)
+        self.end = reader.file_bytes
+        return reader
 
 
 @contextmanager
@@ -74,7 +88,12 @@ def open_source(f: Any) -> Iterator[Source]:
     """
     if is_path(f):
         path = encode_path(f)
-        yield Source(lambda: _read_first(path), lambda mmap: _core.Reader(path, path, mmap))
+        yield Source(
+            partial(_read_first, path),
+            lambda mmap: _core.Reader(path, path, mmap),
+            lambda: open(path, "rb"),
+            path,
+        )
         return
     if not hasattr(f, "read"):
         raise AttributeError(
@@ -86,13 +105,16 @@ def open_source(f: Any) -> Iterator[Source]:
     begin = _tell(f)
     try:
         first = _read_up_to(f, _PREAMBLE_BYTES)
+        if not first.startswith(_MAGIC):
+            first += _read_up_to(f, _FIRST_BYTES - len(first))
         descriptor = None if begin is None else _find_descriptor(f, begin, first)
         if begin is None or descriptor is None:
             yield _stream_source(f, begin, first)
         else:
-            yield _descriptor_source(f, descriptor, begin, first)
-            at = _FILE_BYTES_AT
-            f.seek(begin + int.from_bytes(first[at : at + 8], "little"))
+            source = _descriptor_source(f, descriptor, begin, first)
+            yield source
+            if source.end is not None:
+                f.seek(begin + source.end)
     except BaseException:
         if begin is not None:
             with suppress(Exception):
@@ -102,7 +124,7 @@ def open_source(f: Any) -> Iterator[Source]:
 
 def _read_first(path: bytes) -> bytes:
     with open(path, "rb") as file:
-        return file.read(_PREAMBLE_BYTES)
+        return file.read(_FIRST_BYTES)
 
 
 def _name(f: Any) -> bytes:
@@ -127,8 +149,8 @@ def _find_descriptor(f: Any, begin: int, first: bytes) -> int | None:
     """The descriptor of a regular file whose bytes are those that `f` gives; None if there is none.
 
     That `f` has a descriptor does not say so: compressed files have one, too. That the file has
-    ``first`` where `f` stood does, as it holds the checksum of the header, which has those of the
-    data.
+    ``first`` where `f` stood does: in an .fsd archive this holds the checksum of the header, which
+    has those of the data. Of others the file must have the size, too, that `f` says it has.
     """
     if isinstance(f, SpooledTemporaryFile):  # to ask for its descriptor would put it on the disk
         return None
@@ -137,6 +159,8 @@ def _find_descriptor(f: Any, begin: int, first: bytes) -> int | None:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             return None
         is_same = os.pread(descriptor, len(first), begin) == first
+        if is_same and not first.startswith(_MAGIC):
+            is_same = f.seek(0, os.SEEK_END) == os.fstat(descriptor).st_size
     except (AttributeError, OSError, ValueError, TypeError):
         return None
     return descriptor if is_same else None
@@ -151,7 +175,13 @@ def _descriptor_source(f: Any, descriptor: int, begin: int, first: bytes) -> Sou
         safe = False if mmap is None and is_written else mmap
         return _core.Reader.from_descriptor(descriptor, name, begin, safe)
 
-    return Source(lambda: first, open_reader)
+    return Source(lambda: first, open_reader, lambda: _return_to(f, begin), name)
+
+
+@contextmanager
+def _return_to(f: Any, begin: int) -> Iterator[Any]:
+    f.seek(begin)
+    yield f
 
 
 # ---- Streams ----
@@ -164,7 +194,12 @@ def _stream_source(f: Any, begin: int | None, first: bytes) -> Source:
         start = 0 if begin is None else begin
         return _core.Reader.from_stream(_read_into(f, first), name, start, _count_left(f, start))
 
-    return Source(lambda: first, open_reader)
+    def open_stream() -> AbstractContextManager[IO[bytes]]:
+        if begin is not None:
+            return _return_to(f, begin)
+        return _return_to(BytesIO(first + f.read()), 0)
+
+    return Source(lambda: first, open_reader, open_stream, name)
 
 
 def _count_left(f: Any, begin: int) -> int | None:

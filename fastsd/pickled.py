@@ -25,11 +25,11 @@ import torch
 from torch import _weights_only_unpickler, serialization
 
 from fastsd import _core
-from fastsd.archive import load_tensors
 from fastsd.errors import FormatError
+from fastsd.formats import fsd
 from fastsd.names import NameRules
 from fastsd.placement import fakes_tensors, skips_data
-from fastsd.tensors import CPU, StorageRecord, TensorRecord
+from fastsd.tensors import CPU
 
 _STREAM = "data.pkl"
 _STORAGE = "data/"
@@ -104,7 +104,7 @@ class Unpickling(NamedTuple):
             )
 
 
-def _is_restricted(how: Unpickling) -> bool:
+def is_restricted(how: Unpickling) -> bool:
     """Whether the restricted unpickler reads, by torch.load's rules: the environment may force it
     either way, but not against an explicit ``weights_only=True``."""
     must = _is_set("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
@@ -143,7 +143,7 @@ def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling
     """
     records = _Records(reader, stream)
     load_args = {"encoding": "utf-8", **how.load_args}
-    if not _is_restricted(how):
+    if not is_restricted(how):
         module = how.pickle_module or pickle
         serialization._check_dill_version(module)
         return serialization._load(records, map_location, module, **load_args)
@@ -339,43 +339,44 @@ class _Records:
     def __init__(self, reader: _core.Reader, stream: bytes) -> None:
         self._reader = reader
         self._stream = stream
-        self._tensors: dict[str, torch.Tensor] | None = None
+        self._places = reader.storage_places()
+        self._storages: dict[str, torch.Tensor] | None = None
 
     def has_record(self, name: str) -> bool:
         return name in ("byteorder", _STREAM)
 
     def get_record(self, name: str) -> bytes:
-        return b"little" if name == "byteorder" else self._stream
+        if name == "byteorder":
+            return self._reader.section(fsd.Section.BYTE_ORDER) or b"little"
+        return self._stream
 
     def get_storage_from_record(self, name: str, nbytes: int, dtype: Any) -> torch.Tensor:
         """All bytes of a storage, as a tensor whose own storage holds nothing else."""
-        if self._tensors is None:
-            self._tensors = load_tensors(self._reader, None)
-        tensor = self._tensors.get(name.removeprefix(_STORAGE))
-        if tensor is None or tensor.dtype != torch.uint8 or tensor.dim() != 1:
-            raise self._damaged(name, "which is not in the file")
-        if nbytes > tensor.numel():
-            raise self._damaged(name, f"of {nbytes} bytes, which has {tensor.numel()}")
-        storage = tensor.untyped_storage()
-        if storage.nbytes() == nbytes:
-            return tensor
-        # Storages that overlap are one in the file; torch cuts them out of a larger one too.
-        begin = int(tensor.storage_offset())
-        return torch.empty(0, dtype=torch.uint8, device=CPU).set_(storage[begin : begin + nbytes])
+        key, _, stored = self._find(name)
+        if nbytes > stored:
+            raise self._damaged(key, f"of {nbytes} bytes, which has {stored}")
+        if self._storages is None:
+            self._storages = self._reader.load_storages()
+        tensor = self._storages[key]
+        return tensor if nbytes == stored else self._cut(tensor.untyped_storage(), nbytes)
 
     def get_record_offset(self, name: str) -> int:
-        key = name.removeprefix(_STORAGE)
-        names = self._reader.names()
-        if key not in names:
-            raise self._damaged(name, "which is not in the file")
-        record = TensorRecord(*self._reader.tensor(names.index(key)))
-        return StorageRecord(*self._reader.storage(record.storage)).offset + record.storage_offset
+        return self._find(name)[1]
 
     def serialization_id(self) -> str:
         return ""
 
-    def _damaged(self, name: str, why: str) -> FormatError:
+    def _find(self, name: str) -> tuple[str, int, int]:
+        """The key of a storage, its offset in the file and its bytes."""
         key = name.removeprefix(_STORAGE)
+        if key not in self._places:
+            raise self._damaged(key, "which is not in the file")
+        return key, *self._places[key]
+
+    def _cut(self, storage: torch.UntypedStorage, nbytes: int) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8, device=CPU).set_(storage[:nbytes])
+
+    def _damaged(self, key: str, why: str) -> FormatError:
         return FormatError(
             f"section pickle is damaged: it names a storage {key!r} {why}", path=self._reader.name
         )

@@ -1,4 +1,4 @@
-"""The container, .fsd (docs/FORMAT.md): the core reads its bytes, this module its sections."""
+"""The sections of an archive that are JSON (docs/FORMAT.md); the core reads everything else."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
-import torch
-
 from fastsd import _core
-from fastsd.archive import Archive
-from fastsd.errors import EmptyError, FormatError
-from fastsd.files import Source
+from fastsd.errors import FormatError
 
-_MAGIC = b"\x8fFSD\r\n\x1a\n"  # docs/FORMAT.md, "The preamble"
 ROOT_IS_ORDERED_DICT = 1  # a flag of the file
 
 
@@ -25,52 +20,9 @@ class Section(IntEnum):
     STATE_METADATA = 7
     METADATA = 8
     PICKLE = 9
-
-
-def open_reader(source: Source, mmap: bool | None) -> _core.Reader:
-    """Reads and validates a file's header. Raises FormatError with the likely cause, or OSError."""
-    try:
-        return source.open(mmap)
-    except FormatError as error:
-        first = source.peek()
-        if not first:
-            detail = "it is empty: an interrupted copy? Or it stands at its end: seek(0) first?"
-            raise EmptyError(detail, path=error.path) from None
-        cause = find_cause(first)
-        if cause:
-            raise type(error)(f"{error.detail}; {cause}", path=error.path) from None
-        raise
-
-
-def open_archive(source: Source, mmap: bool | None, device: torch.device | str) -> Archive:
-    """The archive in a file; errors as for `open_reader`."""
-    reader = open_reader(source, mmap)
-    return Archive(reader, decode_metadata(reader), device)
-
-
-# First bytes of what people pass by mistake, and what to do about it.
-_OTHERS = (
-    (b"PK\x03\x04", "it looks like a zip file, as torch.save writes: use torch.load"),
-    (b"\x80\x02", "it looks like a pickle, as old releases of torch.save write: use torch.load"),
-    (b"\x80", "it looks like a pickle"),
-    (b"version https://git-lfs", "it is a git-lfs pointer: run `git lfs pull`"),
-    (b"<", "it looks like HTML or XML: a download that gave an error page?"),
-    (b"\x8fFSD", "its newlines were converted: it was copied as text"),
-    (b"\x1f\x8b", "it looks like a gzip file: pass what gzip.open gives"),
-    (b"\x89HDF", "it looks like an HDF5 file"),
-    (b"GGUF", "it looks like a GGUF file"),
-)
-
-
-def find_cause(first: bytes) -> str | None:
-    """What a file with these first bytes is, if not in this format; None if it cannot be told."""
-    if first.startswith(_MAGIC):
-        return None
-    if not any(first):
-        return "it starts with zeros: it was never completely written"
-    if first[4:9] == b"\0\0\0\0{":
-        return "it looks like a safetensors file: use safetensors.torch.load_file"
-    return next((cause for magic, cause in _OTHERS if first.startswith(magic)), None)
+    # Not of this format, but of those that the core reads as if they were.
+    BYTE_ORDER = 0x10000
+    TORCH_SCRIPT = 0x10001
 
 
 def encode_metadata(metadata: dict[str, str]) -> bytes:

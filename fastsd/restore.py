@@ -1,0 +1,127 @@
+"""From opened files to the object that was saved, or to what is chosen of it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastsd import _core, pickled, tree
+from fastsd.archive import Restore, load_tensors
+from fastsd.errors import FormatError
+from fastsd.formats import fsd
+from fastsd.names import Choice, NameRules
+from fastsd.placement import find_restore
+
+Numbers = list[int] | None
+"""Of the tensors in a file that were loaded; None: all."""
+
+
+def restore(
+    readers: Sequence[_core.Reader],
+    map_location: Any,
+    how: pickled.Unpickling,
+    rules: NameRules | None = None,
+) -> tuple[Any, list[Numbers]]:
+    """What is in the files, which are one archive, and of each the numbers of its tensors.
+
+    Raises FormatError, NamesError, and what torch raises for a pickle or a ``map_location``.
+    """
+    if any(_needs_unpickling(reader, how) for reader in readers):
+        obj = _merge([_restore_whole(reader, map_location, how) for reader in readers], readers)
+        chosen = pickled.choose(obj, rules, readers[0].name) if rules else obj
+        return chosen, [None] * len(readers)
+    if rules is None:
+        objects = [_restore_whole(reader, map_location, how) for reader in readers]
+        return _merge(objects, readers), [None] * len(readers)
+    names = [name for reader in readers for name in reader.names()]
+    choices = _split(rules.choose(names, readers[0].name), readers)
+    parts = [
+        _restore_chosen(reader, map_location, choice)
+        for reader, choice in zip(readers, choices, strict=True)
+    ]
+    return _merge(parts, readers), [choice.numbers for choice in choices]
+
+
+def _needs_unpickling(reader: _core.Reader, how: pickled.Unpickling) -> bool:
+    """Whether an unpickler has to read it: a plain pickle only if another one than Python's is
+    asked for, or with other arguments."""
+    if not reader.is_plain:
+        return True
+    is_special = how.pickle_module is not None or bool(how.load_args)
+    return is_special and reader.section(fsd.Section.PICKLE) is not None
+
+
+def _merge(objects: list[Any], readers: Sequence[_core.Reader]) -> Any:
+    """One dictionary of several; of one file what is in it, whatever that is."""
+    if len(objects) == 1:
+        return objects[0]
+    merged: dict[Any, Any] = {}
+    for obj, reader in zip(objects, readers, strict=True):
+        if not isinstance(obj, dict):
+            raise FormatError(f"a shard that holds a {type(obj).__name__}", path=reader.name)
+        merged.update(obj)
+    return merged
+
+
+def _split(choice: Choice, readers: Sequence[_core.Reader]) -> list[Choice]:
+    """A choice of the names of all files: the part of each."""
+    parts = []
+    first = 0
+    for reader in readers:
+        end = first + reader.tensor_count
+        own = [
+            (number - first, name)
+            for number, name in zip(choice.numbers, choice.names, strict=True)
+            if first <= number < end
+        ]
+        parts.append(replace(choice, numbers=[n for n, _ in own], names=[name for _, name in own]))
+        first = end
+    return parts
+
+
+def _restore_whole(reader: _core.Reader, map_location: Any, how: pickled.Unpickling) -> Any:
+    if _needs_unpickling(reader, how):
+        stream = reader.section(fsd.Section.PICKLE)
+        assert stream is not None
+        return pickled.load(reader, stream, map_location, how)
+    try:
+        return _restore_plain(reader, find_restore(map_location, reader.devices))
+    except FormatError as error:
+        error.path = reader.name
+        raise
+
+
+def _restore_plain(reader: _core.Reader, restore: Restore | None) -> Any:
+    """The plain object that was saved; ``restore`` as for `load_tensors`."""
+    text = reader.section(fsd.Section.TREE)
+    if text is not None:
+        return tree.restore_tree(text, list(load_tensors(reader, restore).values()))
+    metadata = tree.restore_metadata(reader.section(fsd.Section.STATE_METADATA))
+    is_ordered = metadata is not None or bool(reader.file_flags & fsd.ROOT_IS_ORDERED_DICT)
+    return tree.restore_flat(load_tensors(reader, restore, is_ordered=is_ordered), metadata)
+
+
+def _restore_chosen(
+    reader: _core.Reader, map_location: Any, choice: Choice
+) -> dict[str, torch.Tensor]:
+    """Chosen tensors under their new names, with the `_metadata` of their modules."""
+    try:
+        restore = find_restore(map_location, reader.devices)
+        tensors = load_tensors(reader, restore, choice.numbers)
+    except FormatError as error:
+        error.path = reader.name
+        raise
+    text = reader.section(fsd.Section.TREE)
+    prefix = choice.rules.prefix
+    if text is None:
+        metadata = tree.restore_metadata(reader.section(fsd.Section.STATE_METADATA))
+    else:
+        metadata, prefix = tree.find_metadata(text, prefix, reader.tensor_count)
+    metadata = choice.rules.rename_modules(metadata, prefix)
+    is_ordered = metadata is not None or bool(reader.file_flags & fsd.ROOT_IS_ORDERED_DICT)
+    by_name = zip(choice.names, tensors.values(), strict=True)
+    return tree.restore_flat(OrderedDict(by_name) if is_ordered else dict(by_name), metadata)

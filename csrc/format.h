@@ -148,6 +148,9 @@ struct Index {
   Strided view(const TensorRecord& tensor) const;
 };
 
+// Throws kFormat, naming it, if a name occurs twice. Every name must lie within `names`.
+void check_names_unique(const Index& index);
+
 // Bytes of the file that a storage takes: none for a meta storage.
 inline std::uint64_t stored_bytes(const StorageRecord& storage) {
   return (storage.flags & kStorageHasNoData) != 0 ? 0 : storage.bytes;

@@ -2,11 +2,12 @@
 
 #include <algorithm>
 #include <cstring>
-#include <functional>
 
 #include "checksum.h"
 #include "dtype.h"
 #include "error.h"
+#include "unique.h"
+#include "utf8.h"
 
 namespace fastsd {
 namespace {
@@ -27,47 +28,6 @@ const char* section_name(std::uint32_t kind) {
   constexpr const char* names[] = {"storages", "tensors",        "dims",     "names", "devices",
                                    "tree",     "state_metadata", "metadata", "pickle"};
   return kind >= 1 && kind <= std::size(names) ? names[kind - 1] : "unknown";
-}
-
-// ---- UTF-8 (RFC 3629) ----
-
-// Bytes of the well-formed character at `text[0]`; 0 if there is none.
-std::size_t character_bytes(std::string_view text) {
-  const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
-  const auto follows = [&](std::size_t i) { return i < text.size() && (byte(i) & 0xC0U) == 0x80U; };
-  const unsigned first = byte(0);
-  if (first < 0x80) return 1;
-  if (first >= 0xC2 && first <= 0xDF) return follows(1) ? 2 : 0;
-  if (first >= 0xE0 && first <= 0xEF) {
-    if (!follows(1) || !follows(2)) return 0;
-    const bool is_overlong = first == 0xE0 && byte(1) < 0xA0;
-    const bool is_surrogate = first == 0xED && byte(1) >= 0xA0;
-    return is_overlong || is_surrogate ? 0 : 3;
-  }
-  if (first >= 0xF0 && first <= 0xF4) {
-    if (!follows(1) || !follows(2) || !follows(3)) return 0;
-    const bool is_overlong = first == 0xF0 && byte(1) < 0x90;
-    const bool is_too_large = first == 0xF4 && byte(1) >= 0x90;
-    return is_overlong || is_too_large ? 0 : 4;
-  }
-  return 0;
-}
-
-bool is_utf8(std::string_view text) {
-  while (!text.empty()) {
-    std::uint64_t word = 0;
-    if (text.size() >= 8) {
-      std::memcpy(&word, text.data(), 8);
-      if ((word & 0x8080808080808080U) == 0) {
-        text.remove_prefix(8);
-        continue;
-      }
-    }
-    const std::size_t bytes = character_bytes(text);
-    if (bytes == 0) return false;
-    text.remove_prefix(bytes);
-  }
-  return true;
 }
 
 // ---- Validation ----
@@ -233,40 +193,6 @@ void check_tensors(const Index& index) {
     reject("no tensor lies in storage " + number(std::uint64_t(unreached - is_reached.begin())));
 }
 
-// Open addressing, with few probes on honest names. Names made to collide fall back to sorting, so
-// the time stays below O(n log n) whatever they are.
-bool names_are_unique(const Index& index) {
-  constexpr std::size_t probes_max = 64;
-  std::size_t slots = 16;
-  while (slots < 2 * index.tensors.size()) slots *= 2;
-  std::vector<std::uint32_t> table(slots);  // the tensor's number + 1; 0: free
-  for (std::uint32_t i = 0; i < index.tensors.size(); ++i) {
-    const std::string_view name = index.name(index.tensors[i]);
-    std::size_t slot = std::hash<std::string_view>{}(name) & (slots - 1);
-    std::size_t probes = 0;
-    for (; table[slot] != 0 && probes < probes_max; ++probes) {
-      if (index.name(index.tensors[table[slot] - 1]) == name) return false;
-      slot = (slot + 1) & (slots - 1);
-    }
-    if (probes == probes_max) {
-      std::vector<std::string_view> names;
-      for (const TensorRecord& tensor : index.tensors) names.push_back(index.name(tensor));
-      std::sort(names.begin(), names.end());
-      return std::adjacent_find(names.begin(), names.end()) == names.end();
-    }
-    table[slot] = i + 1;
-  }
-  return true;
-}
-
-void check_names_unique(const Index& index) {
-  if (names_are_unique(index)) return;
-  std::vector<std::string_view> names;
-  for (const TensorRecord& tensor : index.tensors) names.push_back(index.name(tensor));
-  std::sort(names.begin(), names.end());
-  reject("two tensors are named " + std::string(*std::adjacent_find(names.begin(), names.end())));
-}
-
 // ---- Encoding ----
 
 template <class T>
@@ -314,6 +240,12 @@ bool is_stored_storage(const Index& index, const TensorRecord& tensor) {
                         tensor.rank == 1 && tensor.flags == 0;
   const bool has_data = (index.storages[tensor.storage].flags & kStorageHasNoData) == 0;
   return is_bytes && has_data && index.dims[tensor.dims_offset + 1] == 1;
+}
+
+void check_names_unique(const Index& index) {
+  const auto repeated = find_repeated(
+      index.tensors.size(), [&](std::uint32_t i) { return index.name(index.tensors[i]); });
+  if (repeated) reject("two tensors are named " + std::string(*repeated));
 }
 
 std::uint32_t Tables::add_tensor(std::string_view name, std::uint16_t dtype, std::uint32_t rank,

@@ -151,6 +151,9 @@ struct Index {
 // Whether a tensor is a storage of the pickle section (docs/FORMAT.md, "Pickle"): bytes, in a row.
 bool is_stored_storage(const Index& index, const TensorRecord& tensor);
 
+// Throws kFormat, naming it, if a name occurs twice. Every name must lie within `names`.
+void check_names_unique(const Index& index);
+
 // Bytes of the file that a storage takes: none for a meta storage.
 inline std::uint64_t stored_bytes(const StorageRecord& storage) {
   return (storage.flags & kStorageHasNoData) != 0 ? 0 : storage.bytes;

@@ -9,7 +9,9 @@
 #include <string_view>
 #include <vector>
 
+#include "json_text.h"
 #include "pyobject.h"
+#include "utf8.h"
 
 namespace fastsd {
 namespace {
@@ -23,48 +25,6 @@ constexpr std::size_t kDigitsMax = 4300;
 
 // Of so many digits every integer fits into 64 bits.
 constexpr std::size_t kShortDigitsMax = 18;
-
-// Bytes that stand for themselves in a string, one for each character.
-constexpr std::array<bool, 256> list_plain_bytes() {
-  std::array<bool, 256> is_plain{};
-  for (std::size_t byte = 0x20; byte < 0x80; ++byte) is_plain[byte] = byte != '"' && byte != '\\';
-  return is_plain;
-}
-constexpr std::array<bool, 256> kIsPlain = list_plain_bytes();
-
-bool is_digit(char c) { return c >= '0' && c <= '9'; }
-
-// 16 for what is no hexadecimal digit.
-std::uint32_t hex_value(char c) {
-  constexpr std::string_view digits = "0123456789abcdefABCDEF";
-  const std::size_t i = digits.find(c);
-  if (i == std::string_view::npos) return 16;
-  return static_cast<std::uint32_t>(i < 16 ? i : i - 6);
-}
-
-bool is_high_surrogate(std::uint32_t unit) { return unit >= 0xD800 && unit < 0xDC00; }
-bool is_low_surrogate(std::uint32_t unit) { return unit >= 0xDC00 && unit < 0xE000; }
-
-// Surrogates are encoded as if they were characters.
-void append_utf8(std::string& text, std::uint32_t code) {
-  const auto append = [&](std::uint32_t byte) { text += static_cast<char>(byte); };
-  if (code < 0x80) {
-    append(code);
-    return;
-  }
-  if (code < 0x800) {
-    append(0xC0 | code >> 6U);
-  } else {
-    if (code < 0x10000) {
-      append(0xE0 | code >> 12U);
-    } else {
-      append(0xF0 | code >> 18U);
-      append(0x80 | (code >> 12U & 0x3F));
-    }
-    append(0x80 | (code >> 6U & 0x3F));
-  }
-  append(0x80 | (code & 0x3F));
-}
 
 PyObject* make_ascii(std::string_view text) {
   PyObject* string = PyUnicode_New(static_cast<Py_ssize_t>(text.size()), 0x7F);
@@ -125,7 +85,7 @@ class Parser {
   PyObject* parse() {
     Reference value(parse_value());
     if (!value) return nullptr;
-    skip_space();
+    at_ = skip_space(at_);
     return at_ == end_ ? value.release() : fail("expected nothing more");
   }
 
@@ -135,12 +95,8 @@ class Parser {
     return nullptr;
   }
 
-  void skip_space() {
-    while (*at_ == ' ' || *at_ == '\n' || *at_ == '\r' || *at_ == '\t') ++at_;
-  }
-
   bool skip(char wanted) {
-    skip_space();
+    at_ = skip_space(at_);
     if (*at_ != wanted) return false;
     ++at_;
     return true;
@@ -149,7 +105,7 @@ class Parser {
   // ---- Values ----
 
   PyObject* parse_value() {
-    skip_space();
+    at_ = skip_space(at_);
     switch (*at_) {
       case '"':
         return parse_string();
@@ -222,7 +178,7 @@ class Parser {
   }
 
   bool parse_member(Reference* name, Reference* value) {
-    skip_space();
+    at_ = skip_space(at_);
     name->reset(*at_ == '"' ? parse_name() : fail("expected a name in quotes"));
     if (!*name) return false;
     if (!skip(':')) return fail("expected a colon") != nullptr;
@@ -259,9 +215,7 @@ class Parser {
   // The plain bytes after a quote.
   std::string_view peek_plain() const {
     const char* first = at_ + 1;
-    const char* last = first;
-    while (kIsPlain[static_cast<unsigned char>(*last)]) ++last;
-    return {first, static_cast<std::size_t>(last - first)};
+    return {first, static_cast<std::size_t>(skip_plain(first) - first)};
   }
 
   PyObject* parse_name() {
@@ -292,7 +246,7 @@ class Parser {
       }
       buffer_.append(copied, at_);
       std::uint32_t code = 0;
-      if (!parse_escape(&code)) return nullptr;
+      if (const char* problem = parse_escape(at_, code)) return fail(problem);
       has_surrogates |= is_high_surrogate(code) || is_low_surrogate(code);
       append_utf8(buffer_, code);
       copied = at_;
@@ -320,71 +274,14 @@ class Parser {
     return fail("not UTF-8: the string");
   }
 
-  bool parse_escape(std::uint32_t* code) {
-    constexpr std::string_view names = "\"\\/bfnrt";
-    constexpr std::string_view values = "\"\\/\b\f\n\r\t";
-    if (at_[1] == 'u') return parse_code(code);
-    const std::size_t i = names.find(at_[1]);
-    if (i == std::string_view::npos) return fail("expected an escape") != nullptr;
-    *code = static_cast<unsigned char>(values[i]);
-    at_ += 2;
-    return true;
-  }
-
-  // One `\uXXXX`, or two that are the surrogates of one character.
-  bool parse_code(std::uint32_t* code) {
-    if (!parse_unit(code)) return false;
-    if (!is_high_surrogate(*code) || at_[0] != '\\' || at_[1] != 'u') return true;
-    const char* next = at_;
-    std::uint32_t low = 0;
-    if (!parse_unit(&low)) return false;
-    if (is_low_surrogate(low)) {
-      *code = 0x10000 + ((*code - 0xD800) << 10U) + (low - 0xDC00);
-    } else {
-      at_ = next;
-    }
-    return true;
-  }
-
-  bool parse_unit(std::uint32_t* unit) {
-    *unit = 0;
-    for (const char* digit = at_ + 2; digit < at_ + 6; ++digit) {
-      const std::uint32_t value = hex_value(*digit);
-      if (value == 16) return fail("expected four hexadecimal digits in the escape") != nullptr;
-      *unit = *unit << 4U | value;
-    }
-    at_ += 6;
-    return true;
-  }
-
   // ---- Numbers ----
-
-  bool skip_digits() {
-    const char* first = at_;
-    while (is_digit(*at_)) ++at_;
-    return at_ != first;
-  }
 
   PyObject* parse_number() {
     const char* first = at_;
-    if (*at_ == '-') ++at_;
-    if (*at_ == '0') {
-      ++at_;
-    } else if (!skip_digits()) {
-      return fail("expected a value");
-    }
-    const char* whole = at_;
-    if (*at_ == '.') {
-      ++at_;
-      if (!skip_digits()) return fail("expected a digit");
-    }
-    if (*at_ == 'e' || *at_ == 'E') {
-      ++at_;
-      if (*at_ == '+' || *at_ == '-') ++at_;
-      if (!skip_digits()) return fail("expected a digit");
-    }
+    bool is_whole = false;
+    if (const char* problem = skip_number(at_, is_whole)) return fail(problem);
     const std::string_view text(first, static_cast<std::size_t>(at_ - first));
-    return at_ == whole ? make_int(text) : make_float(text);
+    return is_whole ? make_int(text) : make_float(text);
   }
 
   PyObject* make_int(std::string_view text) const {

@@ -5,15 +5,18 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <deque>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "error.h"
+#include "file.h"
 #include "plan.h"
 
 namespace fastsd::test {
@@ -85,6 +88,24 @@ inline void flip_byte(const std::string& path, std::uint64_t offset) {
   const int byte = file.get();
   file.seekp(std::streamoff(offset));
   file.put(static_cast<char>(byte ^ 1));
+}
+
+// A file that is in memory.
+inline File file_of(const std::string& bytes) {
+  const std::shared_ptr<Memory> memory = Memory::allocate(bytes.size() + 1);
+  std::memcpy(memory->data(), bytes.data(), bytes.size());
+  return {memory, bytes.size(), "memory", 0};
+}
+
+// What an Error says; nothing was thrown: "".
+template <class Call>
+std::string message_of(Call call) {
+  try {
+    static_cast<void>(call());
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return {};
 }
 
 using Dims = std::vector<std::int64_t>;

@@ -105,7 +105,7 @@ def open_source(f: Any) -> Iterator[Source]:
     begin = _tell(f)
     try:
         first = _read_up_to(f, _PREAMBLE_BYTES)
-        if not first.startswith(_MAGIC):
+        if begin is not None and not first.startswith(_MAGIC):
             first += _read_up_to(f, _FIRST_BYTES - len(first))
         descriptor = None if begin is None else _find_descriptor(f, begin, first)
         if begin is None or descriptor is None:

@@ -57,20 +57,13 @@ constexpr NamedDType kNamedDTypes[] = {
     {"F4", DType::kFloat4E2m1fnX2},
 };
 
-// "tensor `NAME`", as far as a message has room for it.
-std::string label_of(std::string_view name) {
-  constexpr std::size_t shown_max = 200;
-  if (name.size() <= shown_max) return "tensor `" + std::string(name) + "`";
-  std::size_t end = shown_max;
-  while ((static_cast<unsigned char>(name[end]) & 0xC0U) == 0x80U) --end;
-  return "tensor `" + std::string(name.substr(0, end)) + "...`";
-}
+std::string label_of(std::string_view name) { return "tensor `" + excerpt(name) + "`"; }
 
 DType parse_dtype(std::string_view text, std::string_view tensor) {
   for (const NamedDType& named : kNamedDTypes) {
     if (named.name == text) return named.dtype;
   }
-  const std::string what = label_of(tensor) + " has dtype " + std::string(text.substr(0, 40));
+  const std::string what = label_of(tensor) + " has dtype " + excerpt(text);
   if (text == "F6_E2M3" || text == "F6_E3M2")
     throw Error(Failure::kUnsupported, what + ", which torch has none for");
   throw Error(Failure::kVersion, what + ", unknown to this release");

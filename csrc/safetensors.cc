@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "dtype.h"
@@ -374,11 +375,11 @@ std::uint64_t place_tensors(Tables& tables, const std::vector<Extent>& extents,
   std::vector<std::uint32_t> order(extents.size());
   std::iota(order.begin(), order.end(), 0);
   const auto is_before = [&](std::uint32_t a, std::uint32_t b) {
-    return extents[a].begin != extents[b].begin ? extents[a].begin < extents[b].begin
-                                                : extents[a].end < extents[b].end;
+    return std::tuple(extents[a].begin, extents[a].end, a) <
+           std::tuple(extents[b].begin, extents[b].end, b);
   };
   if (!std::is_sorted(order.begin(), order.end(), is_before))
-    std::stable_sort(order.begin(), order.end(), is_before);
+    std::sort(order.begin(), order.end(), is_before);
   std::uint64_t end = 0;
   tables.storages.reserve(order.size());
   for (const std::uint32_t i : order) {

@@ -108,10 +108,11 @@ std::string number(std::uint64_t value) { return std::to_string(value); }
 
 std::string label_of(std::string_view name) { return "zip record `" + excerpt(name) + "`"; }
 
+// REQUIRES: so many bytes.
 template <class T>
-T load(const char* bytes) {
+T load(std::string_view bytes) {
   T value;
-  std::memcpy(&value, bytes, sizeof value);
+  std::memcpy(&value, bytes.data(), sizeof value);
   return value;
 }
 
@@ -235,8 +236,8 @@ Wide widen(const CentralHeader& header, std::string_view extra, std::string_view
   Wide wide{header.full_bytes, header.bytes, header.offset, header.disk};
   std::string_view fields;
   while (extra.size() >= 4) {
-    const auto id = load<std::uint16_t>(extra.data());
-    const auto bytes = load<std::uint16_t>(extra.data() + 2);
+    const auto id = load<std::uint16_t>(extra);
+    const auto bytes = load<std::uint16_t>(extra.substr(2));
     extra.remove_prefix(4);
     if (bytes > extra.size()) reject(label_of(name) + " has an extra field that leaves its place");
     if (id == kExtra64 && fields.data() == nullptr) fields = extra.substr(0, bytes);
@@ -259,7 +260,7 @@ Wide widen(const CentralHeader& header, std::string_view extra, std::string_view
 // Takes an entry off `text`.
 Entry parse_entry(std::string_view& text) {
   if (text.size() < sizeof(CentralHeader)) reject("the zip directory ends within a record");
-  const auto header = load<CentralHeader>(text.data());
+  const auto header = load<CentralHeader>(text);
   if (header.signature != kCentralSignature)
     reject("the zip directory has no record where it must");
   text.remove_prefix(sizeof header);
@@ -312,11 +313,10 @@ void check_room(const Entry& entry, std::uint64_t bytes, std::uint64_t limit) {
 
 // ---- Local headers ----
 
-void check_local(const Entry& entry, const LocalHeader& header, const char* name) {
+void check_local(const Entry& entry, const LocalHeader& header, std::string_view name) {
   const bool is_same = header.signature == kLocalSignature && header.method == entry.method &&
                        (header.flags & kEncryptedFlags) == 0 &&
-                       header.name_bytes == entry.name.size() &&
-                       std::memcmp(name, entry.name.data(), entry.name.size()) == 0;
+                       header.name_bytes == entry.name.size() && name == entry.name;
   const bool is_same_size = (header.flags & kSizesFollowFlag) != 0 || header.bytes == kWide32 ||
                             (header.bytes == entry.bytes && header.crc32 == entry.crc32);
   if (!is_same || !is_same_size) {
@@ -360,9 +360,9 @@ std::vector<ZipRecord> locate(const File& file, const std::vector<Entry>& entrie
   records.reserve(entries.size());
   for (std::size_t i = 0; i < entries.size(); ++i) {
     const Entry& entry = entries[i];
-    const auto* bytes = reinterpret_cast<const char*>(pieces[i].target);
-    const auto header = load<LocalHeader>(bytes);
-    check_local(entry, header, bytes + sizeof header);
+    const std::string_view text(reinterpret_cast<const char*>(pieces[i].target), pieces[i].bytes);
+    const auto header = load<LocalHeader>(text);
+    check_local(entry, header, text.substr(sizeof header));
     const std::uint64_t variable_bytes = std::uint64_t{header.name_bytes} + header.extra_bytes;
     check_room(entry, variable_bytes, limit_of(i));
     records.push_back({entry.name, entry.header_at + sizeof header + variable_bytes, entry.bytes,

@@ -44,6 +44,9 @@ enum class Section : std::uint32_t {
   kStateMetadata = 7,  // JSON: `_metadata` of a flat state_dict
   kMetadata = 8,       // JSON: the user's own strings
   kPickle = 9,         // torch's data.pkl stream
+  // What files of other formats have beside: numbers that are never written to a file.
+  kByteOrder = 0x10000,    // "little" or "big": of the storages that a pickle refers to
+  kTorchScript = 0x10001,  // empty: a TorchScript archive, which torch.jit reads
 };
 
 // Flags of the preamble. The lower half may be ignored by a reader that does not know them; a file
@@ -170,6 +173,7 @@ struct Tables {
   std::uint64_t file_bytes = 0;  // of the archive
   std::uint32_t flags = 0;
   std::vector<StorageRecord> storages;
+  std::vector<std::uint32_t> crc32;  // of each storage, as zip files have it; empty: not known
   std::vector<TensorRecord> tensors;
   std::vector<std::int64_t> dims;
   std::string names;

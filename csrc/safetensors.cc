@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "dtype.h"
@@ -57,20 +58,13 @@ constexpr NamedDType kNamedDTypes[] = {
     {"F4", DType::kFloat4E2m1fnX2},
 };
 
-// "tensor `NAME`", as far as a message has room for it.
-std::string label_of(std::string_view name) {
-  constexpr std::size_t shown_max = 200;
-  if (name.size() <= shown_max) return "tensor `" + std::string(name) + "`";
-  std::size_t end = shown_max;
-  while ((static_cast<unsigned char>(name[end]) & 0xC0U) == 0x80U) --end;
-  return "tensor `" + std::string(name.substr(0, end)) + "...`";
-}
+std::string label_of(std::string_view name) { return "tensor `" + excerpt(name) + "`"; }
 
 DType parse_dtype(std::string_view text, std::string_view tensor) {
   for (const NamedDType& named : kNamedDTypes) {
     if (named.name == text) return named.dtype;
   }
-  const std::string what = label_of(tensor) + " has dtype " + std::string(text.substr(0, 40));
+  const std::string what = label_of(tensor) + " has dtype " + excerpt(text);
   if (text == "F6_E2M3" || text == "F6_E3M2")
     throw Error(Failure::kUnsupported, what + ", which torch has none for");
   throw Error(Failure::kVersion, what + ", unknown to this release");
@@ -381,11 +375,11 @@ std::uint64_t place_tensors(Tables& tables, const std::vector<Extent>& extents,
   std::vector<std::uint32_t> order(extents.size());
   std::iota(order.begin(), order.end(), 0);
   const auto is_before = [&](std::uint32_t a, std::uint32_t b) {
-    return extents[a].begin != extents[b].begin ? extents[a].begin < extents[b].begin
-                                                : extents[a].end < extents[b].end;
+    return std::tuple(extents[a].begin, extents[a].end, a) <
+           std::tuple(extents[b].begin, extents[b].end, b);
   };
   if (!std::is_sorted(order.begin(), order.end(), is_before))
-    std::stable_sort(order.begin(), order.end(), is_before);
+    std::sort(order.begin(), order.end(), is_before);
   std::uint64_t end = 0;
   tables.storages.reserve(order.size());
   for (const std::uint32_t i : order) {

@@ -30,6 +30,7 @@ std::optional<std::string_view> find_repeated(std::size_t count, NameOf name_of)
     }
     if (probes == probes_max) {
       std::vector<std::string_view> names;
+      names.reserve(count);
       for (std::uint32_t j = 0; j < count; ++j) names.push_back(name_of(j));
       std::sort(names.begin(), names.end());
       const auto repeated = std::adjacent_find(names.begin(), names.end());

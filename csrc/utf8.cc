@@ -47,6 +47,21 @@ bool is_utf8(std::string_view text) {
   return true;
 }
 
+std::string excerpt(std::string_view text) {
+  constexpr std::size_t shown_max = 200;
+  const auto follows = [](char c) { return (static_cast<unsigned char>(c) & 0xC0U) == 0x80U; };
+  std::size_t end = text.size();
+  if (end > shown_max) {
+    end = shown_max;
+    while (end > 0 && follows(text[end])) --end;
+  }
+  std::string shown(text.substr(0, end));
+  if (!is_utf8(shown)) {
+    for (char& c : shown) c = static_cast<unsigned char>(c) < 0x80 ? c : '?';
+  }
+  return end < text.size() ? shown + "..." : shown;
+}
+
 void append_utf8(std::string& text, std::uint32_t code) {
   const auto append = [&](std::uint32_t byte) { text += static_cast<char>(byte); };
   if (code < 0x80) {

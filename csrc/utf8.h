@@ -10,6 +10,10 @@ namespace fastsd {
 // Whether `text` is well-formed: no overlong forms, no surrogates, nothing above U+10FFFF.
 bool is_utf8(std::string_view text);
 
+// As much of a text as a message has room for, in UTF-8: of one that is not, the ASCII characters,
+// and question marks.
+std::string excerpt(std::string_view text);
+
 // Surrogates are encoded as if they were characters. REQUIRES: code < 0x110000.
 void append_utf8(std::string& text, std::uint32_t code);
 

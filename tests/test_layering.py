@@ -34,6 +34,8 @@ CPP_ALLOWED: dict[str, set[str]] = {
     "pyobject": set(),
     "json_text": set(),
     "json": {"pyobject", "json_text", "utf8"},
+    "zip": {"format", "file", "unique", "utf8"},
+    "torch_zip": {"zip", "format", "file", "utf8"},
     "safetensors": {"format", "file", "json_text", "utf8", "unique"},
     "nesting": set(),
     "tensor": {"format", "file", "dtype", "pyobject"},

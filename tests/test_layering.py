@@ -18,7 +18,8 @@ CPP_ALLOWED: dict[str, set[str]] = {
     "dlpack_abi": set(),
     "dtype": {"error", "dlpack_abi"},
     "strided": {"dtype"},
-    "format": {"strided", "dtype", "checksum"},
+    "utf8": set(),
+    "format": {"strided", "dtype", "checksum", "utf8"},
     "checksum": {"error"},
     "file": {"error"},
     "workers": {"error"},
@@ -28,8 +29,13 @@ CPP_ALLOWED: dict[str, set[str]] = {
     "pyobject": set(),
     "json": {"pyobject"},
     "nesting": set(),
+    "json_writer": set(),
+    "pickle_graph": set(),
+    "pickle_calls": {"pickle_graph", "format", "strided", "dtype"},
+    "pickle_machine": {"pickle_calls", "utf8"},
+    "torch_pickle": {"pickle_machine", "json_writer"},
     "tensor": {"format", "file", "dtype", "pyobject"},
-    "bindings": {"writer", "reader", "json", "nesting", "tensor"},
+    "bindings": {"writer", "reader", "json", "nesting", "tensor", "torch_pickle"},
 }
 # The only parts that may include pybind11.
 CPP_PYBIND11 = {"bindings"}

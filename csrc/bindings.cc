@@ -24,6 +24,7 @@
 #include "plan.h"
 #include "reader.h"
 #include "tensor.h"
+#include "torch_pickle.h"
 #include "workers.h"
 #include "writer.h"
 
@@ -177,8 +178,7 @@ class TensorPlan {
 
 // ---- Loading ----
 
-py::tuple tensor_record(const Reader& reader, std::size_t i) {
-  const Index& index = reader.index();
+py::tuple tensor_record(const Index& index, std::size_t i) {
   if (i >= index.tensors.size()) throw py::index_error("tensor " + std::to_string(i));
   const TensorRecord& tensor = index.tensors[i];
   const Strided view = index.view(tensor);
@@ -203,10 +203,10 @@ py::tuple storage_record(const Reader& reader, std::size_t i) {
                         (storage.flags & kStorageHasNoData) != 0);
 }
 
-py::list tensor_names(const Reader& reader) {
+py::list tensor_names(const Index& index) {
   py::list names;
-  for (const TensorRecord& tensor : reader.index().tensors) {
-    const std::string_view name = reader.index().name(tensor);
+  for (const TensorRecord& tensor : index.tensors) {
+    const std::string_view name = index.name(tensor);
     names.append(py::str(name.data(), name.size()));
   }
   return names;
@@ -410,6 +410,41 @@ void register_nesting(py::module_& module) {
       py::arg("stream"));
 }
 
+// The storages of a torch file, each in a record of its own.
+Tables tables_by_key(const std::vector<std::pair<std::string, std::uint64_t>>& sizes) {
+  Tables tables;
+  for (const auto& [key, bytes] : sizes) {
+    const std::int64_t dims[] = {static_cast<std::int64_t>(bytes), 1};
+    tables.add_tensor(key, static_cast<std::uint16_t>(DType::kUInt8), 1, dims,
+                      static_cast<std::uint32_t>(tables.storages.size()), 0);
+    tables.storages.push_back({tables.file_bytes, bytes, 0, 0, 0, 0});
+    tables.file_bytes += bytes;
+  }
+  return tables;
+}
+
+void register_torch_pickle(py::module_& module) {
+  module.def(
+      "read_torch_pickle",
+      [](const py::bytes& stream, const std::vector<std::pair<std::string, std::uint64_t>>& sizes) {
+        const Tables by_key = tables_by_key(sizes);
+        const PickledObject object = read_torch_pickle(std::string_view(stream), by_key.index());
+        const Tables& tables = object.tables;
+        py::list records;
+        for (std::size_t i = 0; i < tables.tensors.size(); ++i)
+          records.append(tensor_record(tables.index(), i));
+        py::list devices;
+        for (const StorageRecord& storage : tables.storages)
+          devices.append(tables.devices[storage.device]);
+        py::dict sections;
+        for (const auto& [kind, bytes] : tables.sections)
+          sections[py::int_(static_cast<std::uint32_t>(kind))] = py::bytes(bytes);
+        return py::make_tuple(tensor_names(tables.index()), records, devices, tables.flags,
+                              sections, object.is_plain, object.globals);
+      },
+      py::arg("stream"), py::arg("sizes"));
+}
+
 void register_plan(py::module_& module) {
   py::class_<TensorPlan>(module, "Plan")
       .def(py::init<const py::list&, const py::list&, const py::function&>(), py::arg("names"),
@@ -461,8 +496,13 @@ void register_reader(py::module_& module) {
       .def_property_readonly("storage_count",
                              [](const Reader& self) { return self.index().storages.size(); })
       .def("section", &find_section, py::arg("kind"))
-      .def("names", &tensor_names)
-      .def("tensor", &tensor_record, py::arg("number"))
+      .def("names", [](const Reader& self) { return tensor_names(self.index()); })
+      .def(
+          "tensor",
+          [](const Reader& self, std::size_t number) {
+            return tensor_record(self.index(), number);
+          },
+          py::arg("number"))
       .def("storage", &storage_record, py::arg("number"))
       .def("load", &load, py::arg("is_ordered"), py::arg("bases_only"),
            py::arg("numbers") = py::none())
@@ -503,6 +543,7 @@ PYBIND11_MODULE(_core, module) {
   fastsd::register_checksum(module);
   fastsd::register_json(module);
   fastsd::register_nesting(module);
+  fastsd::register_torch_pickle(module);
   fastsd::register_plan(module);
   fastsd::register_reader(module);
   fastsd::register_file_systems(module);

@@ -40,6 +40,21 @@ def find_bad_nesting(stream: bytes) -> str | None:
     """What is wrong with a pickle stream in which tuples are nested so deeply, or so often within
     each other, that hashing them would end the process or never end; None if nothing is."""
 
+def read_torch_pickle(
+    stream: bytes, sizes: Sequence[tuple[str, int]]
+) -> tuple[
+    list[str],
+    list[tuple[int, tuple[int, ...], tuple[int, ...], int, int, int, int]],
+    list[str],
+    int,
+    dict[int, bytes],
+    bool,
+    list[str],
+]:
+    """What torch's pickle stream says of its storages, which are given by key with their sizes:
+    (names, records as of `Reader.tensor`, devices of the storages, file flags, sections, whether it
+    is plain data, the names of what is not). Nothing is imported or executed."""
+
 def file_system(path: str | bytes) -> tuple[str, bool]:
     """Name of the file system that holds a file, and whether it is mapped by default."""
 

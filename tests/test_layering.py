@@ -26,10 +26,6 @@ CPP_ALLOWED: dict[str, set[str]] = {
     "workers": {"error"},
     "plan": {"format", "strided", "dtype"},
     "writer": {"plan", "format", "file", "checksum", "workers"},
-    "safetensors": {"format", "file"},
-    "zip": {"file"},
-    "torch_zip": {"zip", "format"},
-    "torch_pickle": {"format"},
     "reader": {"safetensors", "torch_zip", "torch_pickle", "checksum", "workers"},
     "pyobject": set(),
     "json_text": set(),
@@ -38,8 +34,13 @@ CPP_ALLOWED: dict[str, set[str]] = {
     "torch_zip": {"zip", "format", "file", "utf8"},
     "safetensors": {"format", "file", "json_text", "utf8", "unique"},
     "nesting": set(),
+    "json_writer": set(),
+    "pickle_graph": set(),
+    "pickle_calls": {"pickle_graph", "format", "strided", "dtype"},
+    "pickle_machine": {"pickle_calls", "utf8"},
+    "torch_pickle": {"pickle_machine", "json_writer"},
     "tensor": {"format", "file", "dtype", "pyobject"},
-    "bindings": {"writer", "reader", "json", "nesting", "tensor"},
+    "bindings": {"writer", "reader", "json", "nesting", "tensor", "torch_pickle"},
 }
 # The only parts that may include pybind11.
 CPP_PYBIND11 = {"bindings"}

@@ -23,13 +23,22 @@ CPP_ALLOWED: dict[str, set[str]] = {
     "file": {"error"},
     "workers": {"error"},
     "plan": {"format", "strided", "dtype"},
-    "writer": {"plan", "format", "file", "checksum", "workers"},
+    "layout": {"plan", "checksum"},
+    "fsd_layout": {"layout", "format"},
+    "zip_layout": {"layout"},
+    "safetensors_layout": {"layout"},
+    "writer": {"layout", "plan", "format", "file", "checksum", "workers"},
     "reader": {"format", "file", "checksum", "workers"},
     "pyobject": set(),
     "json": {"pyobject"},
     "nesting": set(),
     "tensor": {"format", "file", "dtype", "pyobject"},
-    "bindings": {"writer", "reader", "json", "nesting", "tensor"},
+    "bindings": {
+        "fsd_layout",
+        "zip_layout",
+        "safetensors_layout",
+        "writer",
+        "reader", "json", "nesting", "tensor"},
 }
 # The only parts that may include pybind11.
 CPP_PYBIND11 = {"bindings"}

@@ -19,14 +19,17 @@
 #include "error.h"
 #include "file.h"
 #include "format.h"
+#include "fsd_layout.h"
 #include "json.h"
 #include "nesting.h"
 #include "plan.h"
 #include "reader.h"
+#include "safetensors_layout.h"
 #include "tensor.h"
 #include "torch_pickle.h"
 #include "workers.h"
 #include "writer.h"
+#include "zip_layout.h"
 
 namespace py = pybind11;
 
@@ -138,42 +141,79 @@ class TensorPlan {
 
   void finish(std::uint32_t file_flags, std::vector<std::string> devices,
               const std::vector<std::pair<std::uint32_t, std::string>>& sections) {
-    plan_.file_flags = file_flags;
-    plan_.devices = std::move(devices);
-    for (const auto& [kind, bytes] : sections) plan_.sections.emplace_back(Section{kind}, bytes);
+    FsdLayout::Sections own;
+    for (const auto& [kind, bytes] : sections) own.emplace_back(Section{kind}, bytes);
     plan_.finish();
+    layout_ = std::make_unique<FsdLayout>(std::move(plan_), file_flags, std::move(devices),
+                                          std::move(own));
   }
 
-  void write(const std::string& path, bool durable, bool checksum) {
-    const py::gil_scoped_release no_gil;
-    write_file(path, plan_, {durable, checksum}, check_signals);
+  void finish_zip(std::string archive, ZipLayout::Records records, std::uint64_t align_bytes) {
+    plan_.finish_apart();
+    layout_ = std::make_unique<ZipLayout>(std::move(plan_), std::move(archive), std::move(records),
+                                          align_bytes);
   }
 
-  py::bytes header(bool checksum) {
-    if (checksum) {
-      const py::gil_scoped_release no_gil;
-      checksum_storages(plan_, check_signals);
+  // The two steps of safetensors: the metadata say which tensors share a storage.
+  py::tuple find_shared() {
+    plan_.finish_apart_by_width();
+    py::list tied;
+    const Index index = plan_.index();
+    std::vector<std::size_t> firsts(index.storages.size(), SIZE_MAX);
+    for (std::size_t i = 0; i < index.tensors.size(); ++i) {
+      std::size_t& first = firsts[index.tensors[i].storage];
+      if (first != SIZE_MAX) tied.append(py::make_tuple(i, first));
+      first = std::min(first, i);
     }
-    return plan_.encode_header();
+    return py::make_tuple(tied, plan_.overlaps());
   }
 
-  void gather_into(std::uint64_t begin, const py::buffer& buffer) const {
+  void finish_safetensors(const std::string& metadata) {
+    layout_ = std::make_unique<SafetensorsLayout>(std::move(plan_), metadata);
+  }
+
+  void write(const std::string& path, bool durable, bool checksum,
+             const std::vector<const Reader*>& dropped) {
+    const WriteOptions options{durable, checksum, mappings_of(dropped)};
+    const py::gil_scoped_release no_gil;
+    write_file(path, *layout_, options, check_signals);
+  }
+
+  void prepare(bool checksum, const std::vector<const Reader*>& dropped) {
+    const WriteOptions options{false, checksum, mappings_of(dropped)};
+    const py::gil_scoped_release no_gil;
+    checksum_storages(*layout_, options, check_signals);
+    content_.emplace(*layout_);
+  }
+
+  void gather_into(std::uint64_t begin, const py::buffer& buffer,
+                   const std::vector<const Reader*>& dropped) const {
     const py::buffer_info target = buffer.request(/*writable=*/true);
     const auto bytes = static_cast<std::uint64_t>(target.size * target.itemsize);
-    if (begin < plan_.header_bytes() || begin > plan_.file_bytes() ||
-        bytes > plan_.file_bytes() - begin) {
-      throw py::value_error("range outside the data section");
-    }
+    if (begin > layout_->file_bytes() || bytes > layout_->file_bytes() - begin)
+      throw py::value_error("range outside the file");
+    const Mappings mappings = mappings_of(dropped);
     const py::gil_scoped_release no_gil;
-    gather(plan_, begin, begin + bytes, static_cast<std::byte*>(target.ptr));
+    content_.value().gather(begin, begin + bytes, static_cast<std::byte*>(target.ptr), mappings);
   }
 
-  const Plan& plan() const { return plan_; }
+  std::uint64_t file_bytes() const { return layout_->file_bytes(); }
 
  private:
+  static Mappings mappings_of(const std::vector<const Reader*>& readers) {
+    Mappings mappings;
+    for (const Reader* reader : readers) {
+      if (reader->mapping() != nullptr)
+        mappings.emplace_back(reader->mapping()->data(), reader->header().preamble().file_bytes);
+    }
+    return mappings;
+  }
+
   py::list tensors_;
   py::function describe_;  // keeps the copies that it has made
-  Plan plan_;
+  Plan plan_;              // until it is laid out
+  std::unique_ptr<Layout> layout_;
+  std::optional<Content> content_;
 };
 
 // ---- Loading ----
@@ -381,15 +421,21 @@ void register_torch(py::module_& module) {
 }
 
 void register_checksum(py::module_& module) {
-  module.def(
-      "crc32c",
-      [](const py::buffer& buffer, std::uint32_t value) {
-        const py::buffer_info bytes = buffer.request();
-        const py::gil_scoped_release no_gil;
-        return crc32c(value, bytes.ptr, static_cast<std::size_t>(bytes.size * bytes.itemsize));
-      },
-      py::arg("data"), py::arg("value") = 0);
+  const auto define = [&](const char* name, const Checksum& checksum) {
+    module.def(
+        name,
+        [checksum](const py::buffer& buffer, std::uint32_t value) {
+          const py::buffer_info bytes = buffer.request();
+          const py::gil_scoped_release no_gil;
+          return checksum.update(value, bytes.ptr,
+                                 static_cast<std::size_t>(bytes.size * bytes.itemsize));
+        },
+        py::arg("data"), py::arg("value") = 0);
+  };
+  define("crc32c", kCrc32c);
+  define("crc32", kCrc32);
   module.attr("CRC32C_IMPLEMENTATION") = crc32c_implementation();
+  module.attr("CRC32_IMPLEMENTATION") = crc32_implementation();
 }
 
 void register_json(py::module_& module) {
@@ -451,13 +497,20 @@ void register_plan(py::module_& module) {
            py::arg("tensors"), py::arg("describe"))
       .def("finish", &TensorPlan::finish, py::arg("file_flags"), py::arg("devices"),
            py::arg("sections"))
-      .def("write", &TensorPlan::write, py::arg("path"), py::arg("durable"), py::arg("checksum"))
-      .def("header", &TensorPlan::header, py::arg("checksum"))
-      .def("gather", &TensorPlan::gather_into, py::arg("begin"), py::arg("target"))
-      .def_property_readonly("header_bytes",
-                             [](const TensorPlan& self) { return self.plan().header_bytes(); })
-      .def_property_readonly("file_bytes",
-                             [](const TensorPlan& self) { return self.plan().file_bytes(); });
+      .def("finish_zip", &TensorPlan::finish_zip, py::arg("archive"), py::arg("records"),
+           py::arg("align_bytes"))
+      .def("find_shared", &TensorPlan::find_shared)
+      .def("finish_safetensors", &TensorPlan::finish_safetensors, py::arg("metadata"))
+      .def("write", &TensorPlan::write, py::arg("path"), py::arg("durable"), py::arg("checksum"),
+           py::arg("dropped") = py::tuple())
+      .def("prepare", &TensorPlan::prepare, py::arg("checksum"), py::arg("dropped") = py::tuple())
+      .def("gather", &TensorPlan::gather_into, py::arg("begin"), py::arg("target"),
+           py::arg("dropped") = py::tuple())
+      .def_property_readonly("file_bytes", &TensorPlan::file_bytes);
+  module.def(
+      "has_safetensors_dtype",
+      [](std::uint16_t number) { return safetensors_dtype(DType{number}) != nullptr; },
+      py::arg("number"));
 }
 
 void register_reader(py::module_& module) {

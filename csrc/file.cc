@@ -326,6 +326,11 @@ void Memory::discard(std::uint64_t begin, std::uint64_t bytes) {
   if (first < last) ::madvise(first, static_cast<std::size_t>(last - first), MADV_DONTNEED);
 }
 
+void drop_pages(const std::byte* begin, std::uint64_t bytes) {
+  const std::uint64_t skipped = page_offset(begin);
+  ::madvise(const_cast<std::byte*>(begin) - skipped, skipped + bytes, MADV_DONTNEED);
+}
+
 // ---- AtomicFile ----
 
 AtomicFile::AtomicFile(const std::string& path) : path_(path) {

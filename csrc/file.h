@@ -129,6 +129,10 @@ class Memory {
   bool is_mapped_;
 };
 
+// Gives the pages of mapped memory that hold [begin, begin + bytes) back to the system; what is
+// there is read from the file when it is needed again. REQUIRES: nobody has written to them.
+void drop_pages(const std::byte* begin, std::uint64_t bytes);
+
 // Bytes in memory, kept there by their owner.
 struct Bytes {
   std::byte* data = nullptr;

@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <map>
+#include <numeric>
 #include <unordered_map>
+#include <utility>
 
 #include "error.h"
 
@@ -63,10 +66,6 @@ Index Plan::index() const {
           names_};
 }
 
-HeaderContent Plan::content() const { return {index(), file_flags, devices, sections}; }
-
-std::string Plan::encode_header() const { return fastsd::encode_header(content()); }
-
 // The views that have bytes, by address.
 std::vector<Plan::Member> Plan::list_members() {
   std::vector<Member> members;
@@ -83,23 +82,88 @@ std::vector<Plan::Member> Plan::list_members() {
   return members;
 }
 
-void Plan::finish() {
+// Calls visit(first, count) for each run of members that overlap, one alone included.
+template <class Visit>
+void Plan::for_each_overlap(Visit visit) {
   members_ = list_members();
-  storages_.reserve(tensors_.size());
-  sources_.reserve(tensors_.size());
   for (std::size_t first = 0; first < members_.size();) {
     std::size_t next = first + 1;
     for (const std::byte* end = members_[first].end;
          next < members_.size() && members_[next].begin < end; ++next) {
       end = std::max(end, members_[next].end);
     }
-    add_storage(&members_[first], next - first);
+    visit(&members_[first], next - first);
     first = next;
   }
+}
+
+void Plan::finish() {
+  storages_.reserve(tensors_.size());
+  sources_.reserve(tensors_.size());
+  for_each_overlap([&](const Member* first, std::size_t count) { add_storage(first, count); });
   add_empty_storages();
   number_by_first_use();
-  header_bytes_ = encoded_header_bytes(content());
-  file_bytes_ = place_storages(storages_, header_bytes_);
+}
+
+void Plan::finish_apart() {
+  std::vector<std::uint32_t> all(tensors_.size());
+  std::iota(all.begin(), all.end(), 0U);
+  add_apart(all);
+}
+
+void Plan::finish_apart_by_width() {
+  const std::vector<std::uint32_t> firsts = find_equal_views();
+  std::vector<std::uint32_t> stored;
+  for (std::uint32_t i = 0; i < firsts.size(); ++i) {
+    if (firsts[i] == i) stored.push_back(i);
+  }
+  const auto item_bytes = [&](std::uint32_t i) { return find_dtype(tensors_[i].dtype)->item_bytes; };
+  std::stable_sort(stored.begin(), stored.end(), [&](std::uint32_t a, std::uint32_t b) {
+    return item_bytes(a) > item_bytes(b);
+  });
+  add_apart(stored);
+  for (std::uint32_t i = 0; i < firsts.size(); ++i) tensors_[i].storage = tensors_[firsts[i]].storage;
+}
+
+// For each tensor the first whose view is equal: the same memory, dtype, flags and shape, walked in
+// the same way.
+std::vector<std::uint32_t> Plan::find_equal_views() {
+  std::vector<std::uint32_t> firsts(tensors_.size());
+  std::iota(firsts.begin(), firsts.end(), 0U);
+  for_each_overlap([&](const Member* members, std::size_t count) {
+    if (count == 1) return;
+    std::map<std::pair<const std::byte*, std::vector<std::int64_t>>, std::uint32_t> views;
+    std::vector<std::uint32_t> different;
+    for (const Member& member : Span<Member>(members, count)) {
+      const Strided view = strided(member.tensor);
+      std::vector<std::int64_t> key = {tensors_[member.tensor].dtype, views_[member.tensor].flags};
+      for (std::uint32_t d = 0; d < view.rank; ++d) {
+        key.push_back(view.shape[d]);
+        key.push_back(view.shape[d] == 1 ? 0 : view.stride[d]);
+      }
+      const auto found = views.emplace(std::make_pair(member.begin, std::move(key)), member.tensor);
+      firsts[member.tensor] = found.first->second;
+      if (found.second) different.push_back(member.tensor);
+    }
+    std::sort(different.begin(), different.end());
+    if (different.size() > 1) overlaps_.push_back(std::move(different));
+  });
+  std::sort(overlaps_.begin(), overlaps_.end());
+  return firsts;
+}
+
+// Gives each of these tensors a storage of its own, in this order.
+void Plan::add_apart(const std::vector<std::uint32_t>& tensors) {
+  storages_.reserve(tensors.size());
+  sources_.reserve(tensors.size());
+  for (const std::uint32_t i : tensors) {
+    const Strided view = strided(i);
+    const std::uint16_t flags = views_[i].has_no_data ? kStorageHasNoData : std::uint16_t{0};
+    tensors_[i].storage = static_cast<std::uint32_t>(storages_.size());
+    const std::uint64_t bytes = extents_[i] > 0 ? row_major_bytes(view) : 0;
+    sources_.push_back({views_[i].data, bytes == 0 || is_contiguous(view), 0, 0, i});
+    storages_.push_back({0, bytes, 0, views_[i].device, flags, 0});
+  }
 }
 
 // Makes one storage of views that overlap.
@@ -130,7 +194,7 @@ void Plan::add_storage(const Member* first, std::size_t count) {
   }
   sources_.push_back({data, covered == end && *lead == 0,
                       static_cast<std::uint32_t>(first - members_.data()),
-                      static_cast<std::uint32_t>(count)});
+                      static_cast<std::uint32_t>(count), first->tensor});
   storages_.push_back({0, distance(data, end), 0, views_[first->tensor].device, 0, 0});
 }
 
@@ -211,6 +275,10 @@ void Plan::fill(std::size_t storage, std::uint64_t begin, std::uint64_t end,
     std::memcpy(target, source.data + begin, end - begin);
     return;
   }
+  if (source.member_count == 0) {
+    copy_row_major(strided(source.tensor), source.data, begin, end, target);
+    return;
+  }
   std::memset(target, 0, end - begin);
   for (std::uint32_t i = 0; i < source.member_count; ++i) {
     const Member& member = members_[source.first_member + i];
@@ -219,9 +287,15 @@ void Plan::fill(std::size_t storage, std::uint64_t begin, std::uint64_t end,
     const std::uint64_t from = std::max(begin, member_begin);
     const std::uint64_t to = std::min(end, member_end);
     if (from >= to) continue;
-    copy_reachable(index().view(tensors_[member.tensor]), member.begin, from - member_begin,
+    copy_reachable(strided(member.tensor), member.begin, from - member_begin,
                    to - member_begin, target + (from - begin));
   }
+}
+
+Span<std::byte> Plan::source(std::size_t storage, std::uint64_t begin, std::uint64_t end) const {
+  const Source& source = sources_[storage];
+  if (!source.is_gapless && source.member_count == 0) return {source.data, extents_[source.tensor]};
+  return {source.data + begin, end - begin};
 }
 
 }  // namespace fastsd

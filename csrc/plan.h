@@ -1,4 +1,4 @@
-// From views of memory to an archive: which bytes are stored, once each, and where.
+// From views of memory to storages: which bytes are stored. Where they go is a layout's affair.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,6 @@
 #include <optional>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 #include "dtype.h"
@@ -26,44 +25,50 @@ struct View {
   std::uint32_t rank;
 };
 
-// An archive about to be written. Storages are the unions of views that overlap in memory, in the
-// order of their first views; each has the bytes from the first reachable one to the last. A
-// storage of views that leave gaps is written with zeros there, so that bytes which no tensor can
-// reach stay private.
+// Tensors about to be written, and the storages that hold their bytes. One of the three finish...()
+// is called once, after the last add().
 class Plan {
  public:
-  std::uint32_t file_flags = 0;
-  std::vector<std::string> devices;
-  std::vector<std::pair<Section, std::string>> sections;
-
   void reserve(std::size_t tensors);
 
   // `dims`: the view's sizes, then its strides. Throws kUnsupported, naming the tensor.
   void add(const View& view, const std::int64_t* dims);
 
-  // Finds the storages and their places. Called once, after the last add() and with all members
-  // set.
+  // Storages are the unions of views that overlap in memory, in the order of their first views;
+  // each has the bytes from the first reachable one to the last. A storage of views that leave gaps
+  // is written with zeros there, so that bytes which no tensor can reach stay private.
   void finish();
 
-  std::uint64_t header_bytes() const { return header_bytes_; }
-  std::uint64_t file_bytes() const { return file_bytes_; }
+  // Each tensor has a storage of its own, of its elements in row-major order.
+  void finish_apart();
+
+  // The same, but tensors whose views are equal share the storage of the first, and storages of
+  // wide items come before those of narrow ones. overlaps() then tells what was taken apart.
+  void finish_apart_by_width();
+
+  // Groups of tensors, by number, that overlap in memory and whose views are not equal.
+  const std::vector<std::vector<std::uint32_t>>& overlaps() const { return overlaps_; }
+
+  // Storages have places and checksums once a layout and the writer have given them those.
   std::vector<StorageRecord>& storages() { return storages_; }
   const std::vector<StorageRecord>& storages() const { return storages_; }
+  Index index() const;
 
   // The bytes [begin, end) of a storage, if they can be taken from memory as they are; otherwise
   // nullptr, and fill() makes them.
   const std::byte* bytes_in_place(std::size_t storage, std::uint64_t begin) const;
   void fill(std::size_t storage, std::uint64_t begin, std::uint64_t end, std::byte* target) const;
 
-  // REQUIRES: the storages carry their checksums, if they are to have any.
-  std::string encode_header() const;
+  // The memory that fill() reads for the bytes [begin, end) of a storage, or more.
+  Span<std::byte> source(std::size_t storage, std::uint64_t begin, std::uint64_t end) const;
 
  private:
   struct Source {
     const std::byte* data = nullptr;  // byte 0 of the storage
-    bool is_gapless = true;           // else the members say which bytes to take
+    bool is_gapless = true;           // else the members say which bytes to take, or...
     std::uint32_t first_member = 0;
-    std::uint32_t member_count = 0;
+    std::uint32_t member_count = 0;  // ...where there are none, these are the elements of...
+    std::uint32_t tensor = 0;        // ...this tensor in row-major order
   };
   struct Member {
     const std::byte* begin;
@@ -71,9 +76,12 @@ class Plan {
     std::uint32_t tensor;
   };
 
-  Index index() const;
-  HeaderContent content() const;
+  Strided strided(std::uint32_t tensor) const { return index().view(tensors_[tensor]); }
   std::vector<Member> list_members();
+  template <class Visit>
+  void for_each_overlap(Visit visit);
+  std::vector<std::uint32_t> find_equal_views();
+  void add_apart(const std::vector<std::uint32_t>& tensors);
   void add_storage(const Member* first, std::size_t count);
   void find_same_objects(const Span<Member>& members);
   std::optional<std::uint64_t> leading_bytes(const Span<Member>& members) const;
@@ -88,8 +96,7 @@ class Plan {
   std::vector<StorageRecord> storages_;
   std::vector<Source> sources_;
   std::vector<Member> members_;
-  std::uint64_t header_bytes_ = 0;
-  std::uint64_t file_bytes_ = 0;
+  std::vector<std::vector<std::uint32_t>> overlaps_;
 };
 
 }  // namespace fastsd

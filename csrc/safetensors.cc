@@ -8,6 +8,8 @@
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "dtype.h"
@@ -115,11 +117,37 @@ std::uint64_t add_strides(std::vector<std::int64_t>& dims, std::uint64_t item_by
 
 // ---- The header ----
 
+// What fastsd itself keeps in `__metadata__` (docs/FORMAT.md, "Safetensors files").
+constexpr std::string_view kTiedKey = "fastsd.tied";
+constexpr std::string_view kOrderedKey = "fastsd.ordered";
+constexpr std::string_view kStateMetadataKey = "fastsd.state_metadata";
+
+// A name that was left out, and the one under which the same tensor is stored.
+using Tie = std::pair<std::string, std::string>;
+
 class HeaderParser {
  public:
   // REQUIRES: a zero byte at `end`.
   HeaderParser(const char* begin, const char* end, Tables& tables, std::vector<Extent>& extents)
       : begin_(begin), end_(end), at_(begin), tables_(tables), extents_(extents) {}
+
+  // What the metadata say of names that were left out: an object of strings, as a text.
+  const std::string& tied() const { return tied_; }
+
+  // The pairs of such a text, instead of parse().
+  std::vector<Tie> parse_ties() {
+    std::vector<Tie> ties;
+    expect('{', "expected an object");
+    if (!skip('}')) {
+      do {
+        std::string name(parse_string(text_));
+        expect(':', "expected a colon");
+        ties.emplace_back(std::move(name), parse_string(text_));
+      } while (skip(','));
+      expect('}', "expected a comma or the end of the object");
+    }
+    return ties;
+  }
 
   void parse() {
     expect('{', "expected an object");
@@ -212,13 +240,20 @@ class HeaderParser {
       do {
         names.emplace_back(parse_string(text_));
         expect(':', "expected a colon");
-        parse_string(text_);
+        take_own(names.back(), parse_string(text_));
       } while (skip(','));
       expect('}', "expected a comma or the end of __metadata__, which maps strings to strings");
     }
     if (find_repeated(names.size(), [&](std::size_t i) { return std::string_view(names[i]); }))
       fail("a name occurs twice in the __metadata__ that ends here");
     tables_.sections.emplace_back(Section::kMetadata, std::string(first, at_));
+  }
+
+  void take_own(std::string_view key, std::string_view value) {
+    if (key == kTiedKey) tied_ = value;
+    if (key == kOrderedKey) tables_.flags |= kFileRootIsOrderedDict;
+    if (key == kStateMetadataKey)
+      tables_.sections.emplace_back(Section::kStateMetadata, std::string(value));
   }
 
   // ---- Tensors ----
@@ -360,6 +395,7 @@ class HeaderParser {
   Tables& tables_;
   std::vector<Extent>& extents_;  // of each tensor
   bool has_metadata_ = false;
+  std::string tied_;
   std::string_view tensor_;  // the name of the one that is being read; null: none is
   Entry entry_;
   std::string name_;
@@ -397,6 +433,27 @@ std::uint64_t place_tensors(Tables& tables, const std::vector<Extent>& extents,
   return end;
 }
 
+// Adds the names that were left out, behind the others.
+void add_tied(Tables& tables, const std::string& text) {
+  std::vector<Extent> none;
+  HeaderParser parser(text.data(), text.data() + text.size(), tables, none);
+  std::unordered_map<std::string, std::uint32_t> numbers;
+  for (std::uint32_t i = 0; i < tables.tensors.size(); ++i)
+    numbers.emplace(tables.index().name(tables.tensors[i]), i);
+  for (const auto& [name, kept] : parser.parse_ties()) {
+    const auto found = numbers.find(kept);
+    if (found == numbers.end() || numbers.count(name) != 0 || name.size() > kNameBytesMax) {
+      reject("the metadata " + std::string(kTiedKey) + " tie " + label_of(name) + " to " +
+             label_of(kept) + ", which cannot be");
+    }
+    TensorRecord tied = tables.tensors[found->second];
+    tied.name_offset = tables.names.size();
+    tied.name_bytes = static_cast<std::uint32_t>(name.size());
+    tables.names += name;
+    tables.tensors.push_back(tied);
+  }
+}
+
 // The size of the header, checked as far as it can be without reading it.
 std::uint64_t read_length(const File& file) {
   if (file.bytes() < kLengthBytes) {
@@ -431,7 +488,8 @@ Tables read_safetensors(const File& file) {
   Tables tables;
   tables.file_bytes = file.bytes();
   std::vector<Extent> extents;
-  HeaderParser(header.get(), header.get() + length, tables, extents).parse();
+  HeaderParser parser(header.get(), header.get() + length, tables, extents);
+  parser.parse();
   check_names_unique(tables.index());
   const std::uint64_t data_begin = kLengthBytes + length;
   const std::uint64_t data_bytes = file.bytes() - data_begin;
@@ -440,6 +498,10 @@ Tables read_safetensors(const File& file) {
     throw Error(end > data_bytes ? Failure::kTruncated : Failure::kFormat,
                 "the file has " + number(file.bytes()) + " bytes, " + number(data_bytes) +
                     " behind its header, which accounts for " + number(end));
+  }
+  if (!parser.tied().empty()) {
+    add_tied(tables, parser.tied());
+    check_names_unique(tables.index());
   }
   return tables;
 }

@@ -7,17 +7,6 @@
 namespace fastsd {
 namespace {
 
-// The usual case, answered without building anything.
-bool is_contiguous(const Strided& view) {
-  std::int64_t expected = 1;
-  for (std::uint32_t d = view.rank; d-- > 0;) {
-    if (view.shape[d] == 1) continue;
-    if (view.stride[d] != expected) return false;
-    expected *= view.shape[d];
-  }
-  return true;
-}
-
 // A dimension that moves: more than one element, and a stride that is not 0.
 struct Step {
   std::uint64_t count;
@@ -64,7 +53,110 @@ struct Walk {
   }
 };
 
+// A dimension in row-major order: `bytes` apart in the source, `packed_bytes` in the target.
+struct Dimension {
+  std::uint64_t count;
+  std::uint64_t bytes;
+  std::uint64_t packed_bytes;
+};
+
+// The dimensions, outermost first, without those of one element; those that one step walks through
+// are one.
+std::vector<Dimension> dimensions_of(const Strided& view) {
+  std::vector<Dimension> dimensions;  // innermost first
+  std::uint64_t packed_bytes = view.item_bytes;
+  for (std::uint32_t d = view.rank; d-- > 0;) {
+    const auto count = static_cast<std::uint64_t>(view.shape[d]);
+    const std::uint64_t bytes = static_cast<std::uint64_t>(view.stride[d]) * view.item_bytes;
+    if (count == 1) continue;
+    if (!dimensions.empty() && bytes == dimensions.back().count * dimensions.back().bytes) {
+      dimensions.back().count *= count;
+    } else {
+      dimensions.push_back({count, bytes, packed_bytes});
+    }
+    packed_bytes *= count;
+  }
+  std::reverse(dimensions.begin(), dimensions.end());
+  return dimensions;
+}
+
+template <std::size_t kBytes>
+void copy_items(const std::byte* source, std::uint64_t step, std::uint64_t count,
+                std::byte* target) {
+  for (std::uint64_t i = 0; i < count; ++i)
+    std::memcpy(target + i * kBytes, source + i * step, kBytes);
+}
+
+void copy_items(const std::byte* source, std::uint64_t step, std::uint64_t count,
+                std::uint64_t item_bytes, std::byte* target) {
+  switch (item_bytes) {
+    case 1:
+      return copy_items<1>(source, step, count, target);
+    case 2:
+      return copy_items<2>(source, step, count, target);
+    case 4:
+      return copy_items<4>(source, step, count, target);
+    case 8:
+      return copy_items<8>(source, step, count, target);
+    default:
+      for (std::uint64_t i = 0; i < count; ++i)
+        std::memcpy(target + i * item_bytes, source + i * step, item_bytes);
+  }
+}
+
+// One walk in row-major order, entering only those parts that meet the window.
+struct RowMajorWalk {
+  std::vector<Dimension> dimensions;
+  std::uint64_t run_bytes;  // of the innermost elements that lie one after the other
+  std::uint64_t begin;
+  std::uint64_t end;
+  std::byte* target;
+
+  // `place`: that of the first element in row-major order.
+  void visit(std::size_t depth, const std::byte* source, std::uint64_t place) const {
+    if (depth == dimensions.size()) {
+      const std::uint64_t from = std::max(place, begin);
+      const std::uint64_t to = std::min(place + run_bytes, end);
+      if (from < to) std::memcpy(target + (from - begin), source + (from - place), to - from);
+      return;
+    }
+    const Dimension& dimension = dimensions[depth];
+    const std::uint64_t packed = dimension.packed_bytes;
+    std::uint64_t i = begin > place ? (begin - place) / packed : 0;
+    if (depth + 1 == dimensions.size()) {
+      if (begin > place + i * packed) {  // within an item
+        visit(depth + 1, source + i * dimension.bytes, place + i * packed);
+        ++i;
+      }
+      const std::uint64_t last = end > place ? std::min(dimension.count, (end - place) / packed) : 0;
+      if (i < last) {
+        copy_items(source + i * dimension.bytes, dimension.bytes, last - i, packed,
+                   target + (place + i * packed - begin));
+        i = last;
+      }
+    }
+    for (; i < dimension.count && place + i * packed < end; ++i)
+      visit(depth + 1, source + i * dimension.bytes, place + i * packed);
+  }
+};
+
 }  // namespace
+
+bool is_contiguous(const Strided& view) {
+  std::int64_t expected = 1;
+  for (std::uint32_t d = view.rank; d-- > 0;) {
+    if (view.shape[d] == 1) continue;
+    if (view.stride[d] != expected) return false;
+    expected *= view.shape[d];
+  }
+  return true;
+}
+
+std::uint64_t row_major_bytes(const Strided& view) {
+  std::uint64_t bytes = view.item_bytes;
+  for (std::uint32_t d = 0; d < view.rank; ++d) bytes *= static_cast<std::uint64_t>(view.shape[d]);
+  return bytes;
+}
 
 std::optional<std::uint64_t> extent_bytes(const Strided& view) {
   std::int64_t numel = 1;
@@ -115,6 +207,17 @@ void copy_reachable(const Strided& view, const std::byte* source, std::uint64_t 
     walk.inner_bytes[i] = walk.inner_bytes[i + 1] + (walk.steps[i].count - 1) * walk.steps[i].bytes;
   }
   if (*extent_bytes(view) > 0) walk.visit(0, 0);
+}
+
+void copy_row_major(const Strided& view, const std::byte* source, std::uint64_t begin,
+                    std::uint64_t end, std::byte* target) {
+  if (begin == end) return;
+  RowMajorWalk walk{dimensions_of(view), view.item_bytes, begin, end, target};
+  if (!walk.dimensions.empty() && walk.dimensions.back().bytes == view.item_bytes) {
+    walk.run_bytes *= walk.dimensions.back().count;
+    walk.dimensions.pop_back();
+  }
+  walk.visit(0, source, 0);
 }
 
 }  // namespace fastsd

@@ -1,4 +1,5 @@
-// Which bytes a strided view can reach, and copying no others.
+// Which bytes a strided view can reach, and copying no others: to the same places, or in row-major
+// order.
 #pragma once
 
 #include <cstddef>
@@ -19,6 +20,12 @@ struct Strided {
 // size or stride is negative, or a product does not fit 63 bits.
 std::optional<std::uint64_t> extent_bytes(const Strided& view);
 
+// Bytes of the elements alone, without gaps between them. REQUIRES: extent_bytes(view) has a value.
+std::uint64_t row_major_bytes(const Strided& view);
+
+// Whether the elements lie one after the other in row-major order.
+bool is_contiguous(const Strided& view);
+
 // Whether every byte of the extent is reachable. REQUIRES: extent_bytes(view) has a value > 0.
 bool is_gapless(const Strided& view);
 
@@ -26,6 +33,12 @@ bool is_gapless(const Strided& view);
 // same places of `target`, which stands for `begin`. Other bytes of `target` stay as they are.
 // REQUIRES: extent_bytes(view) has a value, and end does not exceed it.
 void copy_reachable(const Strided& view, const std::byte* source, std::uint64_t begin,
+                    std::uint64_t end, std::byte* target);
+
+// Copies the bytes [begin, end) of the elements in row-major order, one after the other, from an
+// extent that starts at `source`. REQUIRES: extent_bytes(view) has a value, and end does not exceed
+// row_major_bytes(view).
+void copy_row_major(const Strided& view, const std::byte* source, std::uint64_t begin,
                     std::uint64_t end, std::byte* target);
 
 }  // namespace fastsd

@@ -45,19 +45,23 @@ struct Piece {
   std::uint64_t file_offset;
 };
 
-// Calls visit(piece) for the storages' bytes among [begin, end) of the file, in order.
-template <class Visit>
-void for_each_piece(const Plan& plan, std::uint64_t begin, std::uint64_t end, Visit visit) {
-  const std::vector<StorageRecord>& storages = plan.storages();
+// Calls visit_piece(piece) for the storages' bytes among [begin, end) of the data, and
+// visit_gap(storage, begin, end) for the places before them, in order.
+template <class VisitPiece, class VisitGap>
+void for_each_piece(const Layout& layout, std::uint64_t begin, std::uint64_t end,
+                    VisitPiece visit_piece, VisitGap visit_gap) {
+  const std::vector<StorageRecord>& storages = layout.plan().storages();
   auto storage = std::partition_point(
       storages.begin(), storages.end(),
       [&](const StorageRecord& s) { return s.offset + stored_bytes(s) <= begin; });
-  for (; storage != storages.end() && storage->offset < end; ++storage) {
-    const std::uint64_t from = std::max(begin, storage->offset);
-    const std::uint64_t to = std::min(end, storage->offset + stored_bytes(*storage));
-    if (from >= to) continue;
-    visit(Piece{static_cast<std::size_t>(storage - storages.begin()), from - storage->offset,
-                to - storage->offset, from});
+  for (std::uint64_t done = begin; storage != storages.end() && done < end; ++storage) {
+    if (stored_bytes(*storage) == 0) continue;
+    const auto number = static_cast<std::size_t>(storage - storages.begin());
+    const std::uint64_t from = std::min(end, std::max(done, storage->offset));
+    if (from > done) visit_gap(number, done, from);
+    const std::uint64_t to = std::min(end, storage->offset + storage->bytes);
+    if (from < to) visit_piece(Piece{number, from - storage->offset, to - storage->offset, from});
+    done = std::max(from, to);
   }
 }
 
@@ -72,9 +76,10 @@ void mark_checksummed(std::vector<StorageRecord>& storages) {
 // thread: a storage that is a single piece is only touched by the thread that has the piece.
 class Checksums {
  public:
-  void add(std::vector<StorageRecord>& storages, const Piece& piece, const std::byte* bytes) {
+  void add(const Checksum& checksum, std::vector<StorageRecord>& storages, const Piece& piece,
+           const std::byte* bytes) {
     StorageRecord& storage = storages[piece.storage];
-    const std::uint32_t crc = crc32c(0, bytes, piece.end - piece.begin);
+    const std::uint32_t crc = checksum.update(0, bytes, piece.end - piece.begin);
     if (piece.end - piece.begin < storage.bytes) {
       parts_.push_back({piece, crc});
       return;
@@ -83,7 +88,8 @@ class Checksums {
   }
 
   // Joins the pieces of storages that have several.
-  static void join(const std::vector<const Checksums*>& all, std::vector<StorageRecord>& storages) {
+  static void join(const Checksum& checksum, const std::vector<const Checksums*>& all,
+                   std::vector<StorageRecord>& storages) {
     std::vector<Part> parts;
     for (const Checksums* some : all)
       parts.insert(parts.end(), some->parts_.begin(), some->parts_.end());
@@ -94,7 +100,7 @@ class Checksums {
       StorageRecord& storage = storages[part.piece.storage];
       const std::uint64_t bytes = part.piece.end - part.piece.begin;
       storage.crc32c =
-          part.piece.begin == 0 ? part.crc : crc32c_combine(storage.crc32c, part.crc, bytes);
+          part.piece.begin == 0 ? part.crc : checksum.combine(storage.crc32c, part.crc, bytes);
     }
   }
 
@@ -105,6 +111,17 @@ class Checksums {
   };
   std::vector<Part> parts_;
 };
+
+// Drops what of a piece's source lies in mappings.
+void drop_source(const Plan& plan, const Piece& piece, const Mappings& mappings) {
+  if (mappings.empty()) return;
+  const Span<std::byte> source = plan.source(piece.storage, piece.begin, piece.end);
+  for (const Span<std::byte>& mapping : mappings) {
+    const std::byte* first = std::max(source.begin(), mapping.begin());
+    const std::byte* last = std::min(source.end(), mapping.end());
+    if (first < last) drop_pages(first, static_cast<std::uint64_t>(last - first));
+  }
+}
 
 // Memory for one window. Empty until it is needed.
 class Slab {
@@ -127,38 +144,69 @@ struct Worker {
   Slab slab;
   Checksums checksums;
   std::vector<iovec> pieces;
+  std::string gap;
 };
 
-void join_checksums(const std::vector<Worker>& workers, std::vector<StorageRecord>& storages) {
+void join_checksums(const Checksum& checksum, const std::vector<Worker>& workers,
+                    std::vector<StorageRecord>& storages) {
   std::vector<const Checksums*> all;
   all.reserve(workers.size());
   for (const Worker& worker : workers) all.push_back(&worker.checksums);
-  Checksums::join(all, storages);
+  Checksums::join(checksum, all, storages);
+}
+
+// The bytes [begin, end) of the file, which lie in the gap before a storage. `crc`: of the storage
+// before the gap. `scratch` is memory to use again.
+void fill_gap(const Layout& layout, std::size_t storage, std::uint32_t crc, std::uint64_t begin,
+              std::uint64_t end, std::byte* target, std::string* scratch) {
+  if (!layout.has_gaps()) {
+    std::memset(target, 0, end - begin);
+    return;
+  }
+  scratch->clear();
+  layout.encode_gap(storage, crc, scratch);
+  const std::uint64_t gap_begin = layout.plan().storages()[storage].offset - scratch->size();
+  std::memcpy(target, scratch->data() + (begin - gap_begin), end - begin);
+}
+
+// Of the storage before one that is not the first; both have bytes.
+std::uint32_t checksum_before(const Plan& plan, std::size_t storage) {
+  while (stored_bytes(plan.storages()[--storage]) == 0) continue;
+  return plan.storages()[storage].crc32c;
 }
 
 class FileWriter {
  public:
-  FileWriter(const std::string& path, Plan& plan, const WriteOptions& options)
-      : plan_(plan), options_(options), file_(path) {
-    file_.reserve(plan.file_bytes());
-    is_direct_ = options.durable && plan.file_bytes() >= kDirectBytesMin && file_.bypass_cache();
+  FileWriter(const std::string& path, Layout& layout, const WriteOptions& options)
+      : layout_(layout),
+        plan_(layout.plan()),
+        options_(options),
+        checksum_(layout.checksum(options.checksum)),
+        file_(path) {
+    file_.reserve(layout.file_bytes());
+    is_direct_ = options.durable && layout.file_bytes() >= kDirectBytesMin && file_.bypass_cache();
     if (is_direct_) window_bytes_ = kDirectWindowBytes;
   }
 
+  // The data comes first, then what depends on its checksums.
   void write(const Interrupt& interrupt) {
-    const std::uint64_t first = plan_.header_bytes() / window_bytes_;
-    const std::uint64_t count = (plan_.file_bytes() + window_bytes_ - 1) / window_bytes_ - first;
+    const std::uint64_t data_begin = align_down(layout_.data_begin());
+    const std::uint64_t first = data_begin / window_bytes_;
+    const std::uint64_t count = (layout_.data_end() + window_bytes_ - 1) / window_bytes_ - first;
     const std::size_t threads = thread_count();
     std::vector<Worker> workers(threads, Worker(window_bytes_));
-    if (options_.checksum) mark_checksummed(plan_.storages());
+    if (checksum_ != nullptr) mark_checksummed(plan_.storages());
     run_parallel(count, threads, interrupt, [&](std::size_t worker, std::size_t i) {
       const std::uint64_t begin = (first + i) * window_bytes_;
-      write_window(workers[worker], std::max(begin, plan_.header_bytes()),
-                   std::min(begin + window_bytes_, plan_.file_bytes()));
+      write_window(workers[worker], std::max(begin, data_begin),
+                   std::min(begin + window_bytes_, layout_.data_end()));
     });
-    if (options_.checksum) join_checksums(workers, plan_.storages());
-    write_header(workers[0].slab);
-    if (is_direct_) file_.truncate(plan_.file_bytes());
+    if (checksum_ != nullptr) join_checksums(*checksum_, workers, plan_.storages());
+    const Content content(layout_);
+    write_gaps(content, workers[0].slab);
+    write_range(content, 0, layout_.data_begin(), workers[0].slab);
+    write_range(content, layout_.data_end(), layout_.file_bytes(), workers[0].slab);
+    if (is_direct_) file_.truncate(layout_.file_bytes());
     file_.commit(options_.durable);
   }
 
@@ -167,7 +215,11 @@ class FileWriter {
     if (is_direct_) return kDirectThreads;
     const std::uint64_t bytes_min =
         file_.is_in_memory() ? kParallelBytesMinInMemory : kParallelBytesMin;
-    return plan_.file_bytes() < bytes_min ? 1 : std::min(kBufferedThreads, processor_count());
+    return layout_.file_bytes() < bytes_min ? 1 : std::min(kBufferedThreads, processor_count());
+  }
+
+  std::uint64_t align_down(std::uint64_t offset) const {
+    return is_direct_ ? offset - offset % AtomicFile::kDirectAlignBytes : offset;
   }
 
   // Takes large pieces from where they are and copies the others, so that the window goes out in
@@ -177,17 +229,14 @@ class FileWriter {
     worker.pieces.clear();
     std::uint64_t written = begin;  // what precedes it is among the pieces
     std::uint64_t copied = begin;   // what lies between the two is in the slab
+    std::uint32_t crc = 0;          // of the last storage, if all of it is in the window
     const auto flush = [&] {
       if (copied > written)
         worker.pieces.push_back({worker.slab.data() + (written - begin), copied - written});
       written = copied;
     };
-    for_each_piece(plan_, begin, end, [&](const Piece& piece) {
+    const auto add_piece = [&](const Piece& piece) {
       const std::uint64_t bytes = piece.end - piece.begin;
-      if (piece.file_offset > copied) {
-        std::memset(worker.slab.data() + (copied - begin), 0, piece.file_offset - copied);
-        copied = piece.file_offset;
-      }
       const std::byte* source = plan_.bytes_in_place(piece.storage, piece.begin);
       if (source == nullptr || bytes < kInPlaceBytesMin || is_direct_) {
         std::byte* target = worker.slab.data() + (copied - begin);
@@ -199,8 +248,20 @@ class FileWriter {
         worker.pieces.push_back({const_cast<std::byte*>(source), bytes});
         written = copied = copied + bytes;
       }
-      if (options_.checksum) worker.checksums.add(plan_.storages(), piece, source);
-    });
+      if (checksum_ == nullptr) return;
+      worker.checksums.add(*checksum_, plan_.storages(), piece, source);
+      const StorageRecord& storage = plan_.storages()[piece.storage];
+      crc = bytes == storage.bytes ? storage.crc32c : 0;
+    };
+    const auto add_gap = [&](std::size_t storage, std::uint64_t from, std::uint64_t to) {
+      fill_gap(layout_, storage, crc, from, to, worker.slab.data() + (from - begin), &worker.gap);
+      copied = to;
+    };
+    if (begin < layout_.data_begin()) {  // the end of the head, which comes later
+      copied = layout_.data_begin();
+      std::memset(worker.slab.data(), 0, copied - begin);
+    }
+    for_each_piece(layout_, copied, end, add_piece, add_gap);
     if (is_direct_) {
       const std::uint64_t aligned = align_up(copied, AtomicFile::kDirectAlignBytes);
       std::memset(worker.slab.data() + (copied - begin), 0, aligned - copied);
@@ -208,23 +269,49 @@ class FileWriter {
     }
     flush();
     file_.write_at(worker.pieces.data(), worker.pieces.size(), begin);
+    if (options_.dropped.empty()) return;
+    for_each_piece(
+        layout_, begin, end,
+        [&](const Piece& piece) { drop_source(plan_, piece, options_.dropped); },
+        [](std::size_t, std::uint64_t, std::uint64_t) {});
   }
 
-  void write_header(Slab& slab) {
-    const std::string header = plan_.encode_header();
-    if (!is_direct_) {
-      file_.write_at(header.data(), header.size(), 0);
-      return;
-    }
-    for (std::uint64_t begin = 0; begin < header.size(); begin += window_bytes_) {
-      const std::uint64_t bytes = std::min(window_bytes_, header.size() - begin);
-      header.copy(reinterpret_cast<char*>(slab.data()), bytes, begin);
-      file_.write_at(slab.data(), bytes, begin);
+  // Writes those gaps again that were written without the checksum of the storage before them:
+  // the two did not lie in one window.
+  void write_gaps(const Content& content, Slab& slab) {
+    if (!layout_.has_gaps()) return;
+    const StorageRecord* before = nullptr;
+    for (const StorageRecord& storage : plan_.storages()) {
+      if (stored_bytes(storage) == 0) continue;
+      if (before != nullptr &&
+          before->offset / window_bytes_ != (storage.offset - 1) / window_bytes_)
+        write_range(content, before->offset + before->bytes, storage.offset, slab);
+      before = &storage;
     }
   }
 
+  // Writes [begin, end) of the file, from the block that holds the first byte to that of the last
+  // one if the cache is bypassed.
+  void write_range(const Content& content, std::uint64_t begin, std::uint64_t end, Slab& slab) {
+    if (begin == end) return;
+    for (std::uint64_t at = align_down(begin); at < end; at += window_bytes_) {
+      std::uint64_t to = std::min(at + window_bytes_, end);
+      if (is_direct_)
+        to = std::min(align_up(to, AtomicFile::kDirectAlignBytes), layout_.file_bytes());
+      content.gather(at, to, slab.data());
+      std::uint64_t bytes = to - at;
+      if (is_direct_) {
+        bytes = align_up(bytes, AtomicFile::kDirectAlignBytes);
+        std::memset(slab.data() + (to - at), 0, bytes - (to - at));
+      }
+      file_.write_at(slab.data(), bytes, at);
+    }
+  }
+
+  Layout& layout_;
   Plan& plan_;
   const WriteOptions& options_;
+  const Checksum* checksum_;
   AtomicFile file_;
   bool is_direct_ = false;
   std::uint64_t window_bytes_ = kBufferedWindowBytes;
@@ -232,39 +319,61 @@ class FileWriter {
 
 }  // namespace
 
-void write_file(const std::string& path, Plan& plan, const WriteOptions& options,
+void write_file(const std::string& path, Layout& layout, const WriteOptions& options,
                 const Interrupt& interrupt) {
-  FileWriter(path, plan, options).write(interrupt);
+  FileWriter(path, layout, options).write(interrupt);
 }
 
-void checksum_storages(Plan& plan, const Interrupt& interrupt) {
+void checksum_storages(Layout& layout, const WriteOptions& options, const Interrupt& interrupt) {
+  const Checksum* checksum = layout.checksum(options.checksum);
+  if (checksum == nullptr) return;
+  Plan& plan = layout.plan();
   constexpr std::uint64_t step_bytes = std::uint64_t{1} << 20U;
   const std::uint64_t count =
-      (plan.file_bytes() - plan.header_bytes() + step_bytes - 1) / step_bytes;
+      (layout.data_end() - layout.data_begin() + step_bytes - 1) / step_bytes;
   std::vector<Worker> workers(processor_count(), Worker(step_bytes));
   mark_checksummed(plan.storages());
   run_parallel(count, workers.size(), interrupt, [&](std::size_t worker, std::size_t i) {
-    const std::uint64_t begin = plan.header_bytes() + i * step_bytes;
-    for_each_piece(plan, begin, begin + step_bytes, [&](const Piece& piece) {
+    const std::uint64_t begin = layout.data_begin() + i * step_bytes;
+    const auto add_piece = [&](const Piece& piece) {
       const std::byte* source = plan.bytes_in_place(piece.storage, piece.begin);
       if (source == nullptr) {
         plan.fill(piece.storage, piece.begin, piece.end, workers[worker].slab.data());
         source = workers[worker].slab.data();
       }
-      workers[worker].checksums.add(plan.storages(), piece, source);
-    });
+      workers[worker].checksums.add(*checksum, plan.storages(), piece, source);
+      drop_source(plan, piece, options.dropped);
+    };
+    for_each_piece(layout, begin, begin + step_bytes, add_piece,
+                   [](std::size_t, std::uint64_t, std::uint64_t) {});
   });
-  join_checksums(workers, plan.storages());
+  join_checksums(*checksum, workers, plan.storages());
 }
 
-void gather(const Plan& plan, std::uint64_t begin, std::uint64_t end, std::byte* target) {
-  std::uint64_t done = begin;
-  for_each_piece(plan, begin, end, [&](const Piece& piece) {
-    std::memset(target + (done - begin), 0, piece.file_offset - done);
+Content::Content(const Layout& layout)
+    : layout_(layout), head_(layout.encode_head()), tail_(layout.encode_tail()) {}
+
+void Content::gather(std::uint64_t begin, std::uint64_t end, std::byte* target,
+                     const Mappings& dropped) const {
+  // What of `part`, which starts at `offset` of the file, lies among the bytes.
+  const auto copy = [&](const std::string& part, std::uint64_t offset) {
+    const std::uint64_t from = std::max(begin, offset);
+    const std::uint64_t to = std::min(end, offset + part.size());
+    if (from < to) std::memcpy(target + (from - begin), part.data() + (from - offset), to - from);
+  };
+  copy(head_, 0);
+  copy(tail_, layout_.data_end());
+  const Plan& plan = layout_.plan();
+  std::string gap;
+  const auto add_piece = [&](const Piece& piece) {
     plan.fill(piece.storage, piece.begin, piece.end, target + (piece.file_offset - begin));
-    done = piece.file_offset + (piece.end - piece.begin);
-  });
-  std::memset(target + (done - begin), 0, end - done);
+    drop_source(plan, piece, dropped);
+  };
+  const auto add_gap = [&](std::size_t storage, std::uint64_t from, std::uint64_t to) {
+    fill_gap(layout_, storage, checksum_before(plan, storage), from, to, target + (from - begin), &gap);
+  };
+  for_each_piece(layout_, std::max(begin, layout_.data_begin()), std::min(end, layout_.data_end()),
+                 add_piece, add_gap);
 }
 
 }  // namespace fastsd

@@ -1,31 +1,52 @@
-// From a plan to bytes: in a file that appears all at once, or piece by piece for a stream.
+// From a layout to bytes: in a file that appears all at once, or piece by piece for a stream.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
-#include "plan.h"
+#include "layout.h"
 #include "workers.h"
 
 namespace fastsd {
 
+// Memory of mapped files. Its pages are dropped once they have been written, so that writing what
+// lies there needs no more memory than it does elsewhere. REQUIRES: nobody has changed the memory,
+// as what is dropped is read from the file again.
+using Mappings = std::vector<Span<std::byte>>;
+
 struct WriteOptions {
   bool durable = false;  // on the device, under its name, before returning
-  bool checksum = true;  // record a CRC32C for each storage
+  bool checksum = true;  // record a checksum for each storage, where the layout leaves a choice
+  Mappings dropped = {};
 };
 
-// Writes the plan to `path` (see AtomicFile for what happens to a file that is there). Needs at
-// most kWriteMemoryBytes of memory beyond the plan.
-void write_file(const std::string& path, Plan& plan, const WriteOptions& options,
+// Writes the file to `path` (see AtomicFile for what happens to one that is there). Needs at most
+// kWriteMemoryBytes of memory beyond the layout.
+void write_file(const std::string& path, Layout& layout, const WriteOptions& options,
                 const Interrupt& interrupt);
 constexpr std::uint64_t kWriteMemoryBytes = std::uint64_t{40} << 20U;
 
-// For streams, which want the header first: fills in the checksums, reading all bytes once...
-void checksum_storages(Plan& plan, const Interrupt& interrupt);
+// For streams, which want the file in order: fills in the checksums, reading all bytes once, if
+// there are to be any...
+void checksum_storages(Layout& layout, const WriteOptions& options, const Interrupt& interrupt);
 
-// ...and then gives the bytes [begin, end) of the data section, the padding included, any number of
-// times. REQUIRES: plan.header_bytes() <= begin <= end <= plan.file_bytes().
-void gather(const Plan& plan, std::uint64_t begin, std::uint64_t end, std::byte* target);
+// ...and then gives its bytes, any number of times.
+class Content {
+ public:
+  // REQUIRES: the storages carry their checksums, if they are to have any. The layout outlives
+  // this.
+  explicit Content(const Layout& layout);
+
+  // The bytes [begin, end) of the file. REQUIRES: begin <= end <= layout.file_bytes().
+  void gather(std::uint64_t begin, std::uint64_t end, std::byte* target,
+              const Mappings& dropped = {}) const;
+
+ private:
+  const Layout& layout_;
+  std::string head_;
+  std::string tail_;
+};
 
 }  // namespace fastsd

@@ -18,6 +18,9 @@ DTYPES: tuple[tuple[int, str, int], ...]
 CRC32C_IMPLEMENTATION: str
 """"sse4.2", "armv8" or "portable"."""
 
+CRC32_IMPLEMENTATION: str
+""""pclmulqdq", "armv8" or "portable"."""
+
 def set_torch(
     tensor_type: object, uint8: object, int8: object, from_dlpack: object, exchange: object
 ) -> bool:
@@ -26,6 +29,12 @@ def set_torch(
 
 def crc32c(data: object, value: int = ...) -> int:
     """CRC32C of a buffer, following bytes whose CRC32C is ``value``."""
+
+def crc32(data: object, value: int = ...) -> int:
+    """CRC-32, as zlib's, of a buffer, following bytes whose CRC-32 is ``value``."""
+
+def has_safetensors_dtype(number: int) -> bool:
+    """Whether safetensors has a name for a dtype."""
 
 def parse_json(text: bytes, tensors: list[Any], decode: Callable[[str, Any], Any] | None) -> Any:
     """The value of a JSON text, as json.loads gives it. NaN, Infinity and names that occur twice in
@@ -70,19 +79,35 @@ class Plan(metaclass=_pybind11_type):
     def finish(
         self, file_flags: int, devices: Sequence[str], sections: Sequence[tuple[int, bytes]]
     ) -> None:
-        """Lays out the file. Called once, before anything below."""
+        """Lays out an .fsd file. One of the three layouts is chosen, once, before anything below
+        them."""
 
-    def write(self, path: str | bytes, durable: bool, checksum: bool) -> None:
-        """Writes the file, all at once."""
+    def finish_zip(
+        self, archive: str, records: Sequence[tuple[str, str | bytes]], align_bytes: int
+    ) -> None:
+        """Lays out a zip file as torch.save writes: the records, by name, then each tensor, by its
+        name, whole and apart from others, all in the folder ``archive``."""
 
-    def header(self, checksum: bool) -> bytes:
-        """The header, for a stream; with ``checksum`` after reading all data once."""
+    def find_shared(self) -> tuple[list[tuple[int, int]], list[list[int]]]:
+        """The first step to a safetensors file: (number of a tensor, that of the first one with
+        an equal view), and groups of those that overlap without being equal."""
 
-    def gather(self, begin: int, target: object) -> None:
-        """Fills a writable buffer with the bytes of the file from ``begin``, behind the header."""
+    def finish_safetensors(self, metadata: str | bytes) -> None:
+        """The second step: lays out the file. ``metadata`` is the JSON of ``__metadata__``, or
+        empty."""
 
-    @property
-    def header_bytes(self) -> int: ...
+    def write(
+        self, path: str | bytes, durable: bool, checksum: bool, dropped: Sequence[Reader] = ...
+    ) -> None:
+        """Writes the file, all at once. Pages of the mappings of ``dropped``, which nobody may have
+        changed, are dropped as soon as they have been written."""
+
+    def prepare(self, checksum: bool, dropped: Sequence[Reader] = ...) -> None:
+        """Before `gather`: where the file holds checksums, reads all data once."""
+
+    def gather(self, begin: int, target: object, dropped: Sequence[Reader] = ...) -> None:
+        """Fills a writable buffer with the bytes of the file from ``begin`` on."""
+
     @property
     def file_bytes(self) -> int: ...
 

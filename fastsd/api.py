@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import os
 from collections.abc import Mapping, MutableMapping
 from contextlib import ExitStack
@@ -11,18 +10,18 @@ from typing import IO, Any, Literal
 
 import torch
 
-from fastsd import _core, pickled, tree
+from fastsd import _core, pickled
 from fastsd.archive import Archive
 from fastsd.archive import verify as verify_archive
-from fastsd.errors import ChecksumError, NotPlainError, UnsupportedError
-from fastsd.files import Source, encode_path, is_path, is_stream_path, write_stream
+from fastsd.errors import ChecksumError, UnsupportedError
+from fastsd.files import Source, encode_path, is_path
 from fastsd.formats import fsd, legacy
 from fastsd.formats.detect import open_any
 from fastsd.into import Target
 from fastsd.names import NameRules, Rename, Select
-from fastsd.placement import asks_packages, skips_data
 from fastsd.restore import restore
-from fastsd.tensors import CPU, Describer, warn_of_hooks
+from fastsd.saving import Format, Pickling, make_plan, write
+from fastsd.tensors import CPU
 
 PathOrFile = str | os.PathLike[str] | IO[bytes]
 Verify = Literal["structure", "checksums"]
@@ -39,7 +38,7 @@ def save(
     metadata: Mapping[str, str] | None = None,
     durable: bool = False,
     checksum: bool = True,
-    format: str | None = None,
+    format: Format | None = None,
 ) -> None:
     """Saves an object to a file, in place of ``torch.save(obj, f)``.
 
@@ -53,12 +52,22 @@ def save(
         f: A path, or a binary file object, which needs only ``write``: it is written from where it
             stands and, if it has ``flush``, flushed.
         pickle_module, pickle_protocol: As for torch.save, for what has to be pickled.
-        _use_new_zipfile_serialization, _disable_byteorder_record: torch's; they mean nothing here.
-        metadata: Strings to keep in the header, for `Archive.metadata`.
+        _use_new_zipfile_serialization, _disable_byteorder_record: torch's. The second is for the
+            format "pth"; the first means nothing here.
+        metadata: Strings to keep in the header, for `Archive.metadata`. The format "pth" has no
+            place for them.
         durable: Return only when the file and its directory entry are on the device. Large files
             then bypass the page cache where the file system can.
-        checksum: Record a CRC32C for each storage.
-        format: None or "fsd".
+        checksum: Record a CRC32C for each storage. The format "pth" always has its own checksums,
+            and "safetensors" has none.
+        format: What to write, whatever the path is called. None stands for "fsd".
+            "pth": what torch.save writes, byte for byte except for the serialization id, which is
+            the same for the same bytes; all of ``obj`` is pickled, with whole storages.
+            "safetensors": ``obj`` must be a dict or OrderedDict from str to dense tensors. Those
+            that are not contiguous are stored as `contiguous()` makes them, those that are equal
+            views of the same memory once, under the first name, and tied again by `load`; others
+            that overlap are refused. Parameters and ``requires_grad`` are not kept. Metadata keys
+            "fastsd.*", and "format" other than "pt", are refused.
 
     Tensors that overlap in memory are stored once and share a storage again after loading. Of
     plain objects only bytes that some tensor can reach are written. Memory needed beyond the
@@ -69,64 +78,21 @@ def save(
     untouched after any error, Ctrl-C included. Its permissions are kept; a symbolic link stays,
     what it points to is replaced.
 
-    Raises UnsupportedError for what cannot be saved, what pickling raises, AttributeError for an
+    Raises UnsupportedError for what cannot be saved (for "safetensors" it names each key that is in
+    the way), ValueError for metadata that the format cannot hold, what pickling raises, AttributeError for an
     `f` without ``write``, OSError, and what the file object raises. Do not change the tensors
     meanwhile.
     """
     if isinstance(pickle_module, Mapping):
         raise TypeError("pickle_module must be a module; metadata is passed by name: metadata=...")
-    if format not in (None, "fsd"):
-        raise ValueError(f"format must be None or 'fsd', not {format!r}")
     if not is_path(f) and not hasattr(f, "write"):
         raise AttributeError(
             "expected 'f' to be string, path, or a file-like object with a 'write' attribute"
         )
-    plan = _make_plan(obj, metadata, pickle_module, pickle_protocol)
-    if not is_path(f):
-        write_stream(plan, f, durable=durable, checksum=checksum)
-        return
-    path = encode_path(f)
-    if is_stream_path(path):
-        with builtins.open(path, "wb") as stream:
-            write_stream(plan, stream, durable=False, checksum=checksum)
-    else:
-        plan.write(path, durable, checksum)
-
-
-def _make_plan(
-    obj: object, metadata: Mapping[str, str] | None, pickle_module: Any, pickle_protocol: int | None
-) -> _core.Plan:
-    sections = [(fsd.Section.METADATA, fsd.encode_metadata(dict(metadata)))] if metadata else []
-    if not (skips_data() or asks_packages()):
-        try:
-            return _plan_plain(obj, sections)
-        except NotPlainError:
-            pass
-        except UnsupportedError:
-            pickled.dump(obj, pickle_module, pickle_protocol)  # where torch refuses, its error
-            raise
-    return _plan_pickled(pickled.dump(obj, pickle_module, pickle_protocol), sections)
-
-
-def _plan_plain(obj: object, sections: list[tuple[fsd.Section, bytes]]) -> _core.Plan:
-    flat = tree.flatten(obj)
-    describer = Describer()
-    plan = _core.Plan(flat.names, flat.tensors, describer)
-    sections = list(sections)
-    if flat.tree is not None:
-        sections.append((fsd.Section.TREE, flat.tree))
-    if flat.state_metadata is not None:
-        sections.append((fsd.Section.STATE_METADATA, flat.state_metadata))
-    plan.finish(fsd.ROOT_IS_ORDERED_DICT * flat.is_ordered, describer.devices, sections)
-    warn_of_hooks(flat.tensors)
-    return plan
-
-
-def _plan_pickled(parts: pickled.Pickled, sections: list[tuple[fsd.Section, bytes]]) -> _core.Plan:
-    describer = Describer()
-    plan = _core.Plan(list(parts.storages), list(parts.storages.values()), describer)
-    plan.finish(0, describer.devices, [*sections, (fsd.Section.PICKLE, parts.stream)])
-    return plan
+    path = encode_path(f) if is_path(f) else None
+    how = Pickling(pickle_module, pickle_protocol, _disable_byteorder_record)
+    plan = make_plan(obj, format or "fsd", path, metadata, how)
+    write(plan, f if path is None else path, durable=durable, checksum=checksum)
 
 
 def load(
@@ -359,7 +325,7 @@ def _merge_metadata(readers: list[_core.Reader]) -> dict[str, str]:
 def _rewrite(obj: object) -> _core.Reader:
     """An archive in memory, of what torch had to load."""
     stream = BytesIO()
-    write_stream(_make_plan(obj, None, None, None), stream, durable=False, checksum=False)
+    write(make_plan(obj, "fsd", None), stream, checksum=False)
     stream.seek(0)
     with open_any(stream, None) as opened:
         return opened.readers[0]

@@ -7,7 +7,7 @@ import fcntl
 import operator
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from io import BytesIO, RawIOBase, TextIOBase
@@ -266,19 +266,27 @@ def _given(f: Any, result: Any) -> Any:
 # ---- Writing ----
 
 
-def write_stream(plan: _core.Plan, f: Any, *, durable: bool, checksum: bool) -> None:
+def write_stream(
+    plan: _core.Plan,
+    f: Any,
+    *,
+    durable: bool,
+    checksum: bool,
+    dropped: Sequence[_core.Reader] = (),
+) -> None:
     """Writes a plan to a file object from where it stands, using ``write`` and, if it has one,
     ``flush``.
 
-    With ``durable``, which takes a file that has a descriptor, it is on its device when this
+    Pages of the mappings of ``dropped`` are dropped as soon as they have been written: see
+    `_core.Plan.write`. With ``durable``, which takes a file that has a descriptor, it is on its device when this
     returns. Raises what the object raises.
     """
     descriptor = f.fileno() if durable else -1  # raises before anything is written
-    _write_all(f, memoryview(plan.header(checksum)))
-    slab = memoryview(bytearray(min(_WRITE_BYTES, plan.file_bytes - plan.header_bytes)))
-    for begin in range(plan.header_bytes, plan.file_bytes, _WRITE_BYTES):
+    plan.prepare(checksum, dropped)
+    slab = memoryview(bytearray(min(_WRITE_BYTES, plan.file_bytes)))
+    for begin in range(0, plan.file_bytes, _WRITE_BYTES):
         part = slab[: min(_WRITE_BYTES, plan.file_bytes - begin)]
-        plan.gather(begin, part)
+        plan.gather(begin, part, dropped)
         _write_all(f, part)
     if hasattr(f, "flush"):
         f.flush()

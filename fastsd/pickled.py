@@ -17,7 +17,7 @@ import re
 import struct
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -29,20 +29,28 @@ from fastsd.errors import FormatError
 from fastsd.formats import fsd
 from fastsd.names import NameRules
 from fastsd.placement import fakes_tensors, skips_data
-from fastsd.tensors import CPU
+from fastsd.tensors import CPU, Describer
 
 _STREAM = "data.pkl"
 _STORAGE = "data/"
+_ALIGNMENT = ".storage_alignment"
+_ALIGN_BYTES = 64  # where a file does not say it
 
 
 class Pickled(NamedTuple):
-    """An object as the container holds it: the stream, and the storages it names, by key."""
+    """An object as torch.save writes it: the stream, and the storages that it names, by key.
+
+    ``records`` are those that torch.save would put before the storages, the stream among them.
+    """
 
     stream: bytes
     storages: dict[str, torch.UntypedStorage]
+    records: Sequence[tuple[str, str | bytes]] = ()
 
 
-def dump(obj: object, pickle_module: Any, pickle_protocol: int | None) -> Pickled:
+def dump(
+    obj: object, pickle_module: Any, pickle_protocol: int | None, *, without_byteorder: bool = False
+) -> Pickled:
     """Pickles an object as torch.save does; raises what it raises.
 
     Storages in CPU memory are shared with the object, others copied.
@@ -51,24 +59,55 @@ def dump(obj: object, pickle_module: Any, pickle_protocol: int | None) -> Pickle
     protocol = serialization.DEFAULT_PROTOCOL if pickle_protocol is None else pickle_protocol
     serialization._check_dill_version(module)
     recorder = _Recorder()
-    serialization._save(obj, recorder, module, protocol, False)
-    return Pickled(recorder.stream, recorder.storages)
+    serialization._save(obj, recorder, module, protocol, without_byteorder)
+    records = recorder.records
+    return Pickled(dict(records)[_STREAM], recorder.storages, records)
+
+
+def wrap_stream(stream: bytes) -> list[tuple[str, str | bytes]]:
+    """The records of a file with this stream, as torch 2.13 writes them, for `plan_zip`."""
+    version = (".format_version", "1")
+    alignment = (_ALIGNMENT, str(_ALIGN_BYTES))
+    return [(_STREAM, stream), version, alignment, ("byteorder", "little")]
+
+
+def plan_zip(
+    records: Sequence[tuple[str, str | bytes]], storages: Mapping[str, Any], archive: str
+) -> _core.Plan:
+    """Lays out what torch.save writes: records, and storages by their keys in the stream.
+
+    A storage is an UntypedStorage in CPU memory, or a contiguous tensor of all its bytes.
+    ``archive`` is the folder within the file.
+    """
+    describer = Describer()
+    names = [_STORAGE + key for key in storages]
+    plan = _core.Plan(names, list(storages.values()), describer)
+    align_bytes = int(dict(records).get(_ALIGNMENT, _ALIGN_BYTES))
+    plan.finish_zip(archive, records, align_bytes)
+    return plan
+
+
+def find_archive_name(path: bytes | None) -> str:
+    """What torch.save calls the folder in a file at a path, or None: in a file object."""
+    name = os.path.basename(path or b"").rpartition(b".")
+    stem = name[0] or name[2] * (not name[1])
+    return stem.decode() if stem and (path or b"").isascii() else "archive"
 
 
 class _Recorder:
     """What torch takes for a zip file to write to."""
 
     def __init__(self) -> None:
-        self.stream = b""
+        self.records: list[tuple[str, str | bytes]] = []
         self.storages: dict[str, torch.UntypedStorage] = {}
 
     def write_record(self, name: str, data: Any, nbytes: int) -> None:
-        if name == _STREAM:
-            self.stream = data
-        elif name.startswith(_STORAGE):
-            if isinstance(data, int):  # releases before 2.3 give the address
-                data = _copy_memory(data, nbytes)
-            self.storages[name.removeprefix(_STORAGE)] = data
+        if not name.startswith(_STORAGE):
+            self.records.append((name, data))
+            return
+        if isinstance(data, int):  # releases before 2.3 give the address
+            data = _copy_memory(data, nbytes)
+        self.storages[name.removeprefix(_STORAGE)] = data
 
     def write_record_metadata(self, name: str, nbytes: int) -> None:
         """Under torch.serialization.skip_data: room for the bytes, which are zero."""

@@ -89,6 +89,11 @@ def dtype_of(number: int) -> torch.dtype:
         ) from None
 
 
+def number_of(dtype: torch.dtype) -> int:
+    """The number of the format for a torch dtype. Raises KeyError if it has none."""
+    return _NUMBERS[dtype]
+
+
 def is_numpy_native(dtype: np.dtype[np.generic]) -> bool:
     """Whether arrays of this dtype are stored as they are, as tensors of the same dtype."""
     return dtype in _NUMPY_NUMBERS

@@ -75,7 +75,7 @@ def _flatten_dict(obj: object) -> Flat | None:
         return None
     if not attributes:
         return Flat(names, values, is_ordered=type(obj) is OrderedDict)
-    metadata = _encode_state_metadata(attributes["_metadata"])
+    metadata = encode_state_metadata(attributes["_metadata"])
     if metadata is None:
         return None
     return Flat(names, values, is_ordered=True, state_metadata=metadata)
@@ -93,7 +93,7 @@ def _are_short(names: list[str]) -> bool:
     return not long or max(len(name.encode()) for name in names) <= _NAME_BYTES_MAX
 
 
-def _encode_state_metadata(metadata: object) -> bytes | None:
+def encode_state_metadata(metadata: object) -> bytes | None:
     """The section for what nn.Module.state_dict makes: module names to dicts of plain values."""
     if type(metadata) is not OrderedDict or metadata.__dict__:
         return None

@@ -25,7 +25,11 @@ CPP_ALLOWED: dict[str, set[str]] = {
     "file": {"error"},
     "workers": {"error"},
     "plan": {"format", "strided", "dtype"},
-    "writer": {"plan", "format", "file", "checksum", "workers"},
+    "layout": {"plan", "checksum"},
+    "fsd_layout": {"layout", "format"},
+    "zip_layout": {"layout"},
+    "safetensors_layout": {"layout"},
+    "writer": {"layout", "plan", "format", "file", "checksum", "workers"},
     "reader": {"safetensors", "torch_zip", "torch_pickle", "checksum", "workers"},
     "pyobject": set(),
     "json_text": set(),
@@ -40,7 +44,10 @@ CPP_ALLOWED: dict[str, set[str]] = {
     "pickle_machine": {"pickle_calls", "utf8"},
     "torch_pickle": {"pickle_machine", "json_writer"},
     "tensor": {"format", "file", "dtype", "pyobject"},
-    "bindings": {"writer", "reader", "json", "nesting", "tensor", "torch_pickle"},
+    "bindings": {
+        *("fsd_layout", "zip_layout", "safetensors_layout", "writer"),
+        *("reader", "json", "nesting", "tensor", "torch_pickle"),
+    },
 }
 # The only parts that may include pybind11.
 CPP_PYBIND11 = {"bindings"}
@@ -58,8 +65,10 @@ PYTHON_ALLOWED: dict[str, set[str]] = {
     "names": {"errors"},
     "into": {"errors"},
     "pickled": {"formats", "names", "placement", "_core"},
+    "to_safetensors": {"tree", "_core"},
+    "saving": {"files", "to_safetensors", "placement", "pickled", "_core"},
     "restore": {"tree", "placement", "pickled", "names", "_core"},
-    "api": {"files", "restore", "into", "_core"},
+    "api": {"saving", "restore", "into", "_core"},
     "convert": {"api"},
     "__init__": {"convert"},
     "zoo": {"convert"},

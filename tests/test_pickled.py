@@ -20,7 +20,7 @@ from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_g
 
 import fastsd
 from fastsd import pickled
-from fastsd.api import _plan_pickled
+from fastsd.saving import _plan_pickled
 from fastsd.names import NameRules
 
 Point = namedtuple("Point", ["x", "y"])
@@ -432,7 +432,7 @@ def write(path, monkeypatch):
     def write_stream(stream, **storages):
         storages = storages or {"0": torch.ones(4).untyped_storage()}
         with monkeypatch.context() as patch:
-            patch.setattr(pickled, "dump", lambda *args: pickled.Pickled(stream, storages))
+            patch.setattr(pickled, "dump", lambda *args, **how: pickled.Pickled(stream, storages))
             fastsd.save(object(), path)
         return path
 

@@ -11,6 +11,7 @@ from fastsd import _core
 from fastsd.errors import FormatError
 
 ROOT_IS_ORDERED_DICT = 1  # a flag of the file
+OWN = "fastsd."  # what keys of metadata start with that are fastsd's own, in safetensors files
 
 
 class Section(IntEnum):
@@ -34,7 +35,7 @@ def encode_metadata(metadata: dict[str, str]) -> bytes:
 
 
 def decode_metadata(reader: _core.Reader) -> dict[str, str]:
-    """The user's strings; empty if there are none."""
+    """The user's strings; empty if there are none. What fastsd itself keeps among them is left out."""
     text = reader.section(Section.METADATA)
     if text is None:
         return {}
@@ -42,6 +43,8 @@ def decode_metadata(reader: _core.Reader) -> dict[str, str]:
     is_strings = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
     if not is_strings:
         raise FormatError("section metadata does not map strings to strings", path=reader.name)
+    if reader.format == "safetensors":
+        return {key: value for key, value in metadata.items() if not key.startswith(OWN)}
     return dict(metadata)
 
 

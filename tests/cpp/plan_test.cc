@@ -15,19 +15,9 @@
 namespace fastsd::test {
 namespace {
 
-std::string gather(const Plan& plan, std::uint64_t begin, std::uint64_t end) {
-  std::string bytes(end - begin, '\xEE');
-  fastsd::gather(plan, begin, end, reinterpret_cast<std::byte*>(bytes.data()));
-  return bytes;
-}
-
-std::string whole_file(const Plan& plan) {
-  return plan.encode_header() + gather(plan, plan.header_bytes(), plan.file_bytes());
-}
-
-// A plan's file, read again.
+// A layout's file, read again.
 struct Archive {
-  explicit Archive(const Plan& plan) : file(whole_file(plan)) {
+  explicit Archive(const Layout& layout) : file(whole_file(layout)) {
     const Preamble preamble = decode_preamble(file.data(), file.size(), file.size());
     std::unique_ptr<std::uint64_t[]> bytes(new std::uint64_t[preamble.header_bytes / 8]);
     std::memcpy(bytes.get(), file.data(), preamble.header_bytes);
@@ -81,7 +71,7 @@ TEST(plan_joins_views_that_overlap) {
       {"tail", DType::kInt64, memory.data() + 16, {4}},  // from within, beyond the end
       {"apart", DType::kUInt8, memory.data() + 100, {5}},
   };
-  const Archive archive(make_plan(tensors));
+  const Archive archive(lay_out(tensors));
   CHECK(archive.storage_count() == 2);
   CHECK(archive.tensor(1).storage == 0 && archive.tensor(2).storage == 0);
   CHECK(archive.tensor(2).storage_offset == 2);
@@ -96,11 +86,11 @@ TEST(plan_joins_views_that_overlap) {
 
 TEST(plan_stores_only_what_is_reachable) {
   const std::vector<std::byte> memory = make_memory();
-  const Plan plan = make_plan({{"slice", DType::kFloat16, memory.data() + 1000, {10}}});
-  const Archive archive(plan);
+  const FsdLayout layout = lay_out({{"slice", DType::kFloat16, memory.data() + 1000, {10}}});
+  const Archive archive(layout);
   CHECK(archive.storage(0).bytes == 20 && archive.tensor(0).storage_offset == 0);
   CHECK(archive.file.size() == kHeaderAlignBytes + 20);
-  CHECK(plan.bytes_in_place(0, 7) == memory.data() + 1007);
+  CHECK(layout.plan().bytes_in_place(0, 7) == memory.data() + 1007);
 }
 
 TEST(plan_orders_storages_by_first_use) {
@@ -112,7 +102,7 @@ TEST(plan_orders_storages_by_first_use) {
       {"middle", DType::kUInt8, memory.data() + 2000, {8}},
       {"high again", DType::kUInt8, memory.data() + 3001, {2}},
   };
-  const Archive archive(make_plan(tensors));
+  const Archive archive(lay_out(tensors));
   const std::uint32_t expected[] = {0, 1, 2, 3, 0};
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     CHECK(archive.tensor(i).storage == expected[i]);
@@ -124,7 +114,7 @@ TEST(plan_orders_storages_by_first_use) {
 
 TEST(plan_does_not_join_neighbours) {
   const std::vector<std::byte> memory = make_memory();
-  const Archive archive(make_plan(
+  const Archive archive(lay_out(
       {{"a", DType::kInt32, memory.data(), {4}}, {"b", DType::kInt32, memory.data() + 16, {4}}}));
   CHECK(archive.storage_count() == 2);
   CHECK(archive.storage(0).bytes == 16 && archive.storage(1).bytes == 16);
@@ -135,13 +125,13 @@ TEST(plan_puts_leading_bytes_before_views_at_odd_distances) {
   // The first view starts 4 bytes before the second, whose items have 8: 4 bytes come before both.
   const std::vector<Tensor> tensors = {{"narrow", DType::kInt32, memory.data() + 4, {6}},
                                        {"wide", DType::kInt64, memory.data() + 8, {2}}};
-  const Plan plan = make_plan(tensors);
-  const Archive archive(plan);
+  const FsdLayout layout = lay_out(tensors);
+  const Archive archive(layout);
   CHECK(archive.storage_count() == 1 && archive.storage(0).bytes == 28);
   CHECK(archive.tensor(0).storage_offset == 1 && archive.tensor(1).storage_offset == 1);
   CHECK(archive.bytes(0) == std::string(4, '\0') + text(memory.data() + 4, 24));
   CHECK(archive.holds(0, tensors[0]) && archive.holds(1, tensors[1]));
-  CHECK(plan.bytes_in_place(0, 0) == nullptr);
+  CHECK(layout.plan().bytes_in_place(0, 0) == nullptr);
 }
 
 TEST(plan_gives_misaligned_views_storages_of_their_own) {
@@ -152,7 +142,7 @@ TEST(plan_gives_misaligned_views_storages_of_their_own) {
                                  {"b again", DType::kInt32, memory.data() + 2, {6}},
                                  {"c", DType::kInt32, memory.data() + 4, {1}}};
   tensors[1].identity = tensors[2].identity = &object;
-  const Archive archive(make_plan(tensors));
+  const Archive archive(lay_out(tensors));
   CHECK(archive.storage_count() == 3);
   CHECK(archive.tensor(2).storage == archive.tensor(1).storage);
   CHECK(archive.tensor(2).same_as == 1);
@@ -174,7 +164,7 @@ TEST(plan_keeps_what_is_the_same_object) {
   tensors[0].identity = tensors[2].identity = &objects[0];
   tensors[3].identity = tensors[4].identity = &objects[1];
   tensors[6].identity = tensors[7].identity = &objects[2];
-  const Archive archive(make_plan(tensors));
+  const Archive archive(lay_out(tensors));
   const std::uint32_t same_as[] = {0, 1, 0, 3, 3, 5, 6, 6, 8};
   const std::uint32_t storage[] = {0, 0, 0, 1, 1, 2, 3, 3, 4};
   for (std::size_t i = 0; i < tensors.size(); ++i) {
@@ -193,7 +183,7 @@ TEST(plan_keeps_the_first_of_many_as_the_original) {
     tensor.identity = &memory;
   }
   tensors.emplace_back("lower", DType::kInt8, memory.data() + 100, Dims{4});
-  const Archive archive(make_plan(tensors));
+  const Archive archive(lay_out(tensors));
   for (std::size_t i = 0; i < 100; ++i) CHECK(archive.tensor(i).same_as == 0);
   CHECK(archive.tensor(100).same_as == 100 && archive.tensor(100).storage == 1);
 }
@@ -202,22 +192,22 @@ TEST(plan_writes_zeros_where_no_view_reaches) {
   std::vector<std::byte> memory(64, std::byte{'s'});
   const std::vector<Tensor> tensors = {{"even", DType::kUInt8, memory.data(), {8}, {4}},
                                        {"odd", DType::kUInt8, memory.data() + 2, {4}, {4}}};
-  const Plan plan = make_plan(tensors);
-  const Archive archive(plan);
+  const FsdLayout layout = lay_out(tensors);
+  const Archive archive(layout);
   std::string expected;
   for (int i = 0; i < 4; ++i) expected += std::string("s\0s\0", 4);
   for (int i = 0; i < 3; ++i) expected += std::string("s\0\0\0", 4);
   CHECK(archive.bytes(0) == expected + "s");
-  CHECK(plan.bytes_in_place(0, 0) == nullptr);
+  CHECK(layout.plan().bytes_in_place(0, 0) == nullptr);
 }
 
 TEST(plan_takes_bytes_in_place_where_another_view_fills_the_gaps) {
   const std::vector<std::byte> memory = make_memory();
-  const Plan plan = make_plan({{"whole", DType::kUInt8, memory.data(), {32}},
+  const FsdLayout layout = lay_out({{"whole", DType::kUInt8, memory.data(), {32}},
                                {"column", DType::kUInt8, memory.data() + 1, {8}, {4}}});
-  CHECK(plan.storages().size() == 1);
-  CHECK(plan.bytes_in_place(0, 0) == memory.data());
-  CHECK(gather(plan, plan.header_bytes(), plan.file_bytes()) == text(memory.data(), 32));
+  CHECK(layout.plan().storages().size() == 1);
+  CHECK(layout.plan().bytes_in_place(0, 0) == memory.data());
+  CHECK(gather(layout, layout.data_begin(), layout.file_bytes()) == text(memory.data(), 32));
 }
 
 TEST(plan_of_meta_and_empty_views) {
@@ -228,7 +218,7 @@ TEST(plan_of_meta_and_empty_views) {
                                        {"meta empty", DType::kFloat64, nullptr, {3, 0}},
                                        {"no memory", DType::kFloat32, memory.data(), {0, 7}},
                                        {"scalar", DType::kFloat32, memory.data() + 8, {}}};
-  const Archive archive(make_plan(tensors));
+  const Archive archive(lay_out(tensors));
   CHECK(archive.storage_count() == 4);
   CHECK(archive.storage(0).bytes == 120 && archive.storage(0).flags == kStorageHasNoData);
   CHECK(archive.storage(0).device == 1);
@@ -240,7 +230,7 @@ TEST(plan_of_meta_and_empty_views) {
 }
 
 TEST(plan_of_nothing) {
-  const Archive archive(make_plan({}));
+  const Archive archive(lay_out({}));
   CHECK(archive.file.size() == kHeaderAlignBytes);
   CHECK(archive.storage_count() == 0);
 }
@@ -251,12 +241,11 @@ TEST(plan_carries_flags_devices_and_sections) {
   tensor.flags = kTensorIsParameter | kTensorRequiresGrad;
   tensor.device = 1;
   Plan plan;
-  plan.devices = {"cpu", "cuda:3"};
-  plan.file_flags = kFileRootIsOrderedDict;
-  plan.sections = {{Section::kMetadata, R"({"k":"v"})"}, {Section::kTree, "[]"}};
   add(plan, tensor);
   plan.finish();
-  const Archive archive(plan);
+  const Archive archive(
+      FsdLayout(std::move(plan), kFileRootIsOrderedDict, {"cpu", "cuda:3"},
+                {{Section::kMetadata, R"({"k":"v"})"}, {Section::kTree, "[]"}}));
   CHECK(archive.tensor(0).flags == tensor.flags);
   CHECK(archive.storage(0).device == 1 && archive.header.devices()[1] == "cuda:3");
   CHECK(archive.header.preamble().flags == kFileRootIsOrderedDict);
@@ -372,18 +361,18 @@ TEST(plans_of_random_views_hold_what_memory_held) {
     const std::size_t count = random.below(12);
     tensors.reserve(count);
     for (std::size_t i = 0; i < count; ++i) tensors.push_back(random_tensor(random, memory, i));
-    const Plan plan = make_plan(tensors);
-    const Archive archive(plan);
-    CHECK(archive.file.size() == plan.file_bytes());
+    const FsdLayout layout = lay_out(tensors);
+    const Archive archive(layout);
+    CHECK(archive.file.size() == layout.file_bytes());
     for (std::size_t i = 0; i < count; ++i) CHECK(archive.holds(i, tensors[i]));
     check_storages(archive, tensors);
     check_sharing(archive, tensors);
     shared += count - archive.storage_count();
     for (int window = 0; window < 8; ++window) {
-      const std::uint64_t data_bytes = plan.file_bytes() - plan.header_bytes();
-      const std::uint64_t begin = plan.header_bytes() + random.below(data_bytes + 1);
-      const std::uint64_t end = begin + random.below(plan.file_bytes() - begin + 1);
-      CHECK(gather(plan, begin, end) == archive.file.substr(begin, end - begin));
+      const std::uint64_t data_bytes = layout.file_bytes() - layout.data_begin();
+      const std::uint64_t begin = layout.data_begin() + random.below(data_bytes + 1);
+      const std::uint64_t end = begin + random.below(layout.file_bytes() - begin + 1);
+      CHECK(gather(layout, begin, end) == archive.file.substr(begin, end - begin));
     }
   }
   CHECK(shared > 100);
@@ -393,12 +382,12 @@ TEST(plan_with_checksums_decodes) {
   Random random(32);
   const std::vector<std::byte> memory =
       random.bytes(3 << 20U);  // three steps of checksum_storages()
-  Plan plan = make_plan({{"large", DType::kUInt8, memory.data() + 1, {5 << 19}},
+  FsdLayout layout = lay_out({{"large", DType::kUInt8, memory.data() + 1, {5 << 19}},
                          {"gaps", DType::kUInt8, memory.data() + (11 << 18), {1000}, {3}},
                          {"empty", DType::kUInt8, memory.data(), {0}},
                          {"meta", DType::kUInt8, nullptr, {10}}});
-  checksum_storages(plan, nullptr);
-  const Archive archive(plan);
+  checksum_storages(layout, {}, nullptr);
+  const Archive archive(layout);
   for (std::size_t i = 0; i < 2; ++i) {
     const std::string bytes = archive.bytes(i);
     CHECK(archive.storage(i).flags == kStorageHasChecksum);

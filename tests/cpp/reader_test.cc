@@ -33,14 +33,14 @@ class Sample {
     add((6 << 20) + 60000, 300000);
   }
 
-  Plan plan() const { return make_plan(tensors_); }
+  FsdLayout layout() const { return lay_out(tensors_); }
 
   void write(const std::string& path, bool checksum = true, bool durable = false) const {
-    Plan plan = make_plan(tensors_);
+    FsdLayout layout = lay_out(tensors_);
     WriteOptions options;
     options.checksum = checksum;
     options.durable = durable;
-    write_file(path, plan, options, nullptr);
+    write_file(path, layout, options, nullptr);
   }
 
  private:
@@ -284,7 +284,7 @@ TEST(reader_stops_reading_a_stream_that_is_wrong) {
     return stream.position();
   };
   archive[1000] ^= 1;  // in the header
-  const std::uint64_t header_bytes = sample().plan().header_bytes();
+  const std::uint64_t header_bytes = sample().layout().data_begin();
   CHECK(position_after(Failure::kFormat) == header_bytes);
   archive[8] ^= 2;  // the version
   CHECK(position_after(Failure::kVersion) == sizeof(Preamble));
@@ -317,11 +317,11 @@ TEST(reader_reads_headers_of_any_size) {
       tensors.push_back({std::to_string(i) + std::string(20, 'n'), DType::kUInt8, &byte, {1}});
     }
     const std::string path = folder.path(std::to_string(count));
-    Plan plan = make_plan(tensors);
-    write_file(path, plan, {}, nullptr);
+    FsdLayout layout = lay_out(tensors);
+    write_file(path, layout, {}, nullptr);
     const Reader reader(path, Access::kMap);
     CHECK(reader.index().tensors.size() == count);
-    CHECK(reader.header().preamble().header_bytes == plan.header_bytes());
+    CHECK(reader.header().preamble().header_bytes == layout.data_begin());
   }
 }
 
@@ -405,10 +405,10 @@ TEST(reader_verifies_no_bytes_of_a_meta_storage) {
   const Folder folder;
   const std::string path = folder.path("f");
   const std::vector<std::byte> memory = Random(52).bytes(100);
-  Plan plan = make_plan(
+  FsdLayout layout = lay_out(
       {{"meta", DType::kUInt8, nullptr, {1 << 20}}, {"data", DType::kUInt8, memory.data(), {100}}});
-  plan.storages()[0].flags |= kStorageHasChecksum;
-  write_file(path, plan, {}, nullptr);
+  layout.plan().storages()[0].flags |= kStorageHasChecksum;
+  write_file(path, layout, {}, nullptr);
   const Reader reader(path, Access::kMap);
   CHECK(failure_of([&] { return reader.find_damage(nullptr); }) == std::nullopt);
 }
@@ -444,12 +444,12 @@ TEST(prefetch_may_be_stopped_at_any_time) {
 TEST(writing_is_stopped_by_an_interrupt) {
   const Folder folder;
   const std::string path = folder.path("f");
-  Plan plan = sample().plan();
+  FsdLayout layout = sample().layout();
   std::size_t asked = 0;
   const auto interrupt = [&] { return ++asked > 0; };
   // It is asked every 50 ms at most: a quick machine is done before.
   const std::optional<Failure> failure = failure_of([&] {
-    write_file(path, plan, {}, interrupt);
+    write_file(path, layout, {}, interrupt);
     return 0;
   });
   CHECK(failure == (asked > 0 ? std::optional(Failure::kInterrupted) : std::nullopt));

@@ -17,7 +17,9 @@
 
 #include "error.h"
 #include "file.h"
+#include "fsd_layout.h"
 #include "plan.h"
+#include "writer.h"
 
 namespace fastsd::test {
 
@@ -158,13 +160,28 @@ inline void add(Plan& plan, const Tensor& tensor) {
   plan.add(view, dims.data());
 }
 
-// A finished plan.
 inline Plan make_plan(const std::vector<Tensor>& tensors) {
   Plan plan;
-  plan.devices = {"cpu", "cuda:0"};
   for (const Tensor& tensor : tensors) add(plan, tensor);
-  plan.finish();
   return plan;
+}
+
+// Ready to be written as .fsd.
+inline FsdLayout lay_out(const std::vector<Tensor>& tensors) {
+  Plan plan = make_plan(tensors);
+  plan.finish();
+  return FsdLayout(std::move(plan), 0, {"cpu", "cuda:0"}, {});
+}
+
+// The bytes [begin, end) of the file.
+inline std::string gather(const Layout& layout, std::uint64_t begin, std::uint64_t end) {
+  std::string bytes(end - begin, '\xEE');
+  Content(layout).gather(begin, end, reinterpret_cast<std::byte*>(bytes.data()));
+  return bytes;
+}
+
+inline std::string whole_file(const Layout& layout) {
+  return gather(layout, 0, layout.file_bytes());
 }
 
 }  // namespace fastsd::test

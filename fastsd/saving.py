@@ -1,0 +1,111 @@
+"""From an object to the plan of a file in one of the formats, and from a plan to the file."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Mapping, Sequence
+from typing import IO, Any, Literal, NamedTuple, get_args
+
+from fastsd import _core, pickled, tree
+from fastsd.errors import NotPlainError, UnsupportedError
+from fastsd.files import is_stream_path, write_stream
+from fastsd.formats import fsd
+from fastsd.placement import asks_packages, skips_data
+from fastsd.tensors import Describer, warn_of_hooks
+from fastsd.to_safetensors import plan_safetensors
+
+Format = Literal["fsd", "pth", "safetensors"]
+
+
+class Pickling(NamedTuple):
+    """How to pickle what has to be: torch.save's arguments."""
+
+    pickle_module: Any = None
+    pickle_protocol: int | None = None
+    without_byteorder: bool = False
+
+    def dump(self, obj: object) -> pickled.Pickled:
+        """Pickles an object; raises what torch.save raises."""
+        module, protocol, without_byteorder = self
+        return pickled.dump(obj, module, protocol, without_byteorder=without_byteorder)
+
+
+def make_plan(
+    obj: object,
+    format: Format,
+    path: bytes | None,
+    metadata: Mapping[str, str] | None = None,
+    how: Pickling = Pickling(),
+    *,
+    lossy: bool = False,
+) -> _core.Plan:
+    """Lays out a file. ``path`` is where it goes, None for a file object; ``lossy`` as for
+    `plan_safetensors`. Raises what `fastsd.save` raises for an object that the format cannot hold.
+    """
+    if format == "fsd":
+        return _plan_fsd(obj, metadata, how)
+    if format == "safetensors":
+        return plan_safetensors(obj, metadata, lossy=lossy)
+    if format != "pth":
+        known = ", ".join(map(repr, get_args(Format)))
+        raise ValueError(f"format must be None or one of {known}, not {format!r}")
+    if metadata:
+        raise ValueError("the format 'pth' has no place for metadata")
+    parts = how.dump(obj)
+    return pickled.plan_zip(parts.records, parts.storages, pickled.find_archive_name(path))
+
+
+def write(
+    plan: _core.Plan,
+    f: bytes | IO[bytes],
+    *,
+    durable: bool = False,
+    checksum: bool = True,
+    dropped: Sequence[_core.Reader] = (),
+) -> None:
+    """Writes a plan to a path, as `encode_path` gives it, or to a file object.
+
+    ``dropped`` are readers of mapped files, which nobody may have changed in memory, that the plan
+    writes from: their pages are given back as soon as they have been written.
+    """
+    if not isinstance(f, bytes):
+        write_stream(plan, f, durable=durable, checksum=checksum, dropped=dropped)
+    elif is_stream_path(f):
+        with builtins.open(f, "wb") as stream:
+            write_stream(plan, stream, durable=False, checksum=checksum, dropped=dropped)
+    else:
+        plan.write(f, durable, checksum, dropped)
+
+
+def _plan_fsd(obj: object, metadata: Mapping[str, str] | None, how: Pickling) -> _core.Plan:
+    sections = [(fsd.Section.METADATA, fsd.encode_metadata(dict(metadata)))] if metadata else []
+    if not (skips_data() or asks_packages()):
+        try:
+            return _plan_plain(obj, sections)
+        except NotPlainError:
+            pass
+        except UnsupportedError:
+            how.dump(obj)  # where torch refuses, its error
+            raise
+    return _plan_pickled(how.dump(obj), sections)
+
+
+def _plan_plain(obj: object, sections: list[tuple[fsd.Section, bytes]]) -> _core.Plan:
+    flat = tree.flatten(obj)
+    describer = Describer()
+    plan = _core.Plan(flat.names, flat.tensors, describer)
+    sections = list(sections)
+    if flat.tree is not None:
+        sections.append((fsd.Section.TREE, flat.tree))
+    if flat.state_metadata is not None:
+        sections.append((fsd.Section.STATE_METADATA, flat.state_metadata))
+    plan.finish(fsd.ROOT_IS_ORDERED_DICT * flat.is_ordered, describer.devices, sections)
+    warn_of_hooks(flat.tensors)
+    return plan
+
+
+def _plan_pickled(parts: pickled.Pickled, sections: list[tuple[fsd.Section, bytes]]) -> _core.Plan:
+    describer = Describer()
+    plan = _core.Plan(list(parts.storages), list(parts.storages.values()), describer)
+    plan.finish(0, describer.devices, [*sections, (fsd.Section.PICKLE, parts.stream)])
+    return plan

@@ -360,6 +360,11 @@ std::unique_ptr<Prefetch> start_prefetch(const Reader& reader, Numbers wanted) {
   return std::make_unique<Prefetch>(reader, storages_of(reader.index(), numbers));
 }
 
+void drop_all_pages(const Reader& reader) {
+  if (reader.mapping())
+    drop_pages(reader.mapping()->data(), reader.header().preamble().file_bytes);
+}
+
 std::vector<std::size_t> find_damage(const Reader& reader) {
   const py::gil_scoped_release no_gil;
   return reader.find_damage(check_signals);
@@ -562,6 +567,7 @@ void register_reader(py::module_& module) {
       .def("load_storages", &load_keyed_storages)
       .def("storage_places", &storage_places)
       .def("base", &load_base, py::arg("storage"), py::arg("begin"), py::arg("end"))
+      .def("drop_pages", &drop_all_pages)
       .def("find_damage", &find_damage);
   py::class_<Prefetch>(module, "Prefetch")
       .def(py::init(&start_prefetch), py::arg("reader"), py::arg("numbers") = py::none(),

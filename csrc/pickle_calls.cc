@@ -476,6 +476,7 @@ void Calls::set_state(const Value& object, const Value& state) {
     }
   }
   if (object.kind == Kind::kTensor) graph_.tensors[object.number].is_opaque = true;
+  if (object.kind < Kind::kTensor) graph_.has_tree = false;
   graph_.is_plain = false;
 }
 

@@ -109,6 +109,7 @@ struct Graph {
   std::vector<std::string> globals;            // that are not known, as they come
   Value root;
   bool is_plain = true;
+  bool has_tree = true;  // whether all is as it says, but for what is opaque
 };
 
 }  // namespace fastsd

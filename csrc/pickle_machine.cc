@@ -351,7 +351,7 @@ class Machine {
     has_failed_ |= kind == Kind::kDict && count % 2 != 0;
     if (target.kind == kind || target.kind == other) {
       Container& container = graph_.containers[target.number];
-      if (container.is_used_up) graph_.is_plain = false;
+      if (container.is_used_up) graph_.is_plain = graph_.has_tree = false;
       graph_.append(container, stack_.data() + first, count);
     } else {
       has_failed_ |= target.kind != Kind::kOpaque;

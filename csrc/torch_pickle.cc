@@ -147,7 +147,7 @@ class Walk {
       : graph_(std::move(graph)),
         object_(object),
         tables_(object.tables),
-        is_plain_(graph_.is_plain),
+        has_text_(graph_.has_tree),
         text_max_(kGrowthMax * graph_.stream.size() + kGrowthFree) {
     set_storages();
   }
@@ -158,10 +158,10 @@ class Walk {
       tables_.tensors.clear();
       tables_.dims.clear();
       tables_.names.clear();
-      is_plain_ = false;
+      has_text_ = false;
     }
-    object_.is_plain = is_plain_;
-    if (!is_plain_) {
+    object_.is_plain = has_text_ && !has_opaque_ && graph_.is_plain;
+    if (!has_text_) {
       tables_.flags = 0;
       tables_.sections.clear();
     }
@@ -240,14 +240,14 @@ class Walk {
   // A dictionary of strings to tensors needs no tree. False: it is none.
   bool write_flat() {
     const bool is_ordered = graph_.root.kind == Kind::kOrderedDict;
-    if (!is_plain_ || (graph_.root.kind != Kind::kDict && !is_ordered)) return false;
+    if (!has_text_ || (graph_.root.kind != Kind::kDict && !is_ordered)) return false;
     const Container& dict = graph_.container(graph_.root);
     bool is_flat = collect(dict);
     for (const Item& item : items_) {
       is_flat = is_flat && item.value.kind == Kind::kTensor && item.key.bytes <= kNameBytesMax &&
                 !graph_.tensors[item.value.number].is_opaque;
     }
-    if (!is_flat || !is_plain_ || !write_state_metadata(dict)) {
+    if (!is_flat || !has_text_ || !write_state_metadata(dict)) {
       start_again();
       return false;
     }
@@ -276,7 +276,7 @@ class Walk {
     const Container& metadata = graph_.container(only.value);
     if (metadata.attributes != 0) return false;
     write_items(metadata, "");
-    return is_plain_ && json_[0] == '{' && marks_.empty() && tables_.tensors.empty();
+    return has_text_ && json_[0] == '{' && marks_.empty() && tables_.tensors.empty();
   }
 
   void start_again() {
@@ -290,12 +290,13 @@ class Walk {
     items_.clear();
     json_.clear();
     marks_.clear();
-    is_plain_ = graph_.is_plain;
+    has_text_ = graph_.has_tree;
+    has_opaque_ = false;
   }
 
   void write_tree() {
     write(graph_.root);
-    if (!is_plain_) return;
+    if (!has_text_) return;
     tables_.sections.emplace_back(Section::kTree, insert_definitions());
   }
 
@@ -322,8 +323,8 @@ class Walk {
 
   // ---- Limits ----
 
-  void give_up_plain() {
-    is_plain_ = false;
+  void give_up_text() {
+    has_text_ = false;
     json_.clear();
     json_.shrink_to_fit();
   }
@@ -335,34 +336,41 @@ class Walk {
   }
 
   void put(std::string_view text) {
-    if (is_plain_) json_ += text;
+    if (has_text_) json_ += text;
   }
 
   // ---- Values ----
 
   void write(const Value& value) {
-    if (is_plain_ && json_.size() > text_max_) give_up_plain();
+    if (has_text_ && json_.size() > text_max_) give_up_text();
     if (is_over_limit_) return;
     if (value.kind >= Kind::kTuple && value.kind <= Kind::kByteArray) {
       write_container(value);
     } else if (value.kind == Kind::kTensor) {
       write_tensor(graph_.tensors[value.number]);
     } else if (value.kind > Kind::kTensor) {
-      give_up_plain();
-    } else if (is_plain_) {
+      write_opaque();
+    } else if (has_text_) {
       write_scalar(value);
     }
   }
 
   void write_tensor(TensorView& view) {
     if (is_in_key_ || view.is_opaque) {
-      give_up_plain();
+      write_opaque();
       return;
     }
     const std::uint32_t number = add_named(view);
     put("{\"$tensor\":");
     put(std::to_string(number));
     put("}");
+  }
+
+  // What nobody but an unpickler knows. Keys cannot be told from one another then.
+  void write_opaque() {
+    has_opaque_ = true;
+    if (is_in_key_) give_up_text();
+    put("{\"$opaque\":null}");
   }
 
   void write_scalar(const Value& value) {
@@ -439,7 +447,7 @@ class Walk {
     put("{\"");
     put(name);
     put("\":\"");
-    if (is_plain_) append_base64(json_, bytes);
+    if (has_text_) append_base64(json_, bytes);
     put("\"}");
   }
 
@@ -486,7 +494,7 @@ class Walk {
     Container& container = graph_.containers[value.number];
     const bool is_hashable = value.kind == Kind::kTuple || value.kind == Kind::kFrozenSet;
     if (container.is_open || depth_ == kDepthMax || (is_in_key_ && !is_hashable)) {
-      give_up_plain();
+      give_up_text();
       return;
     }
     // Nothing in a key is shared with the rest; and an empty tuple is the same one everywhere.
@@ -503,14 +511,14 @@ class Walk {
     container.is_open = false;
     if (!may_be_shared) {
       container.is_seen = false;
-    } else if (is_plain_) {
+    } else if (has_text_) {
       container.place = static_cast<std::uint32_t>(places_.size());
       places_.push_back({begin, json_.size()});
     }
   }
 
   void write_reference(const Container& container) {
-    if (!is_plain_) return;
+    if (!has_text_) return;
     Place& place = places_[container.place];
     if (place.mark == kNoNumber) {
       place.mark = static_cast<std::uint32_t>(marks_.size());
@@ -578,7 +586,7 @@ class Walk {
       const auto& members = kOrderedDictMembers;
       if (text.substr(0, 2) == "__" ||
           std::find(members.begin(), members.end(), text) != members.end()) {
-        give_up_plain();
+        give_up_text();
       }
     }
   }
@@ -608,7 +616,7 @@ class Walk {
   }
 
   void write_key(const Value& key) {
-    if (!is_plain_) return;
+    if (!has_text_) return;
     const bool was_in_key = std::exchange(is_in_key_, true);
     write(key);
     is_in_key_ = was_in_key;
@@ -647,10 +655,10 @@ class Walk {
         path_ += "None";
         break;
       default:
-        if (!is_plain_) break;
+        if (!has_text_) break;
         const std::size_t begin = json_.size();
         write_key(key);
-        if (!is_plain_) break;
+        if (!has_text_) break;
         path_.append(json_, begin);
         json_.resize(begin);
     }
@@ -658,16 +666,16 @@ class Walk {
 
   // Sorted by their texts.
   void write_set(const Container& container, std::string_view opening) {
-    if (!is_plain_) return;
+    if (!has_text_) return;
     const std::size_t first = items_.size();
     for (std::uint32_t i = 0; i < container.count; ++i)
       items_.push_back({graph_.begin(container)[i], {}});
     drop_repeated(first);
     std::vector<std::string> texts;
     const std::size_t begin = json_.size();
-    for (std::size_t i = first; i < items_.size() && is_plain_; ++i) {
+    for (std::size_t i = first; i < items_.size() && has_text_; ++i) {
       write_key(items_[i].key);
-      if (!is_plain_) break;
+      if (!has_text_) break;
       texts.emplace_back(json_, begin);
       json_.resize(begin);
       spend(texts.back().size());
@@ -736,7 +744,7 @@ class Walk {
   void replace_value(Item& item, const Item& later) {
     const bool is_same = item.key.kind == later.key.kind &&
                          (item.key.kind == Kind::kStr || item.key.kind == Kind::kInt);
-    if (!is_same) give_up_plain();
+    if (!is_same) give_up_text();
     item.value = later.value;
   }
 
@@ -792,13 +800,13 @@ class Walk {
     } else if (number > -limit && number < limit) {
       key_text_ += std::to_string(static_cast<std::int64_t>(number)) + ';';
     } else {
-      give_up_plain();  // infinite, or perhaps equal to some large int
+      give_up_text();  // infinite, or perhaps equal to some large int
     }
   }
 
   void append_key_container(const Value& key, std::uint32_t depth) {
     if (depth == kDepthMax || key.kind < Kind::kComplex || key.kind > Kind::kFrozenSet) {
-      give_up_plain();
+      give_up_text();
       return;
     }
     const Container& container = graph_.container(key);
@@ -819,7 +827,7 @@ class Walk {
         append_key_set(container, depth);
         break;
       default:
-        give_up_plain();  // what has no hash
+        give_up_text();  // what has no hash
     }
   }
 
@@ -843,7 +851,8 @@ class Walk {
   Tables& tables_;
   std::uint32_t given_storages_ = 0;
 
-  bool is_plain_;
+  bool has_text_;  // whether json_ can hold what has been walked
+  bool has_opaque_ = false;
   bool is_over_limit_ = false;
   std::uint64_t text_max_;
   std::uint64_t spent_ = 0;

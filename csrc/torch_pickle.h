@@ -14,8 +14,9 @@ struct PickledObject {
   // The tensors that dictionaries, lists, tuples and attributes of OrderedDicts lead to, by name,
   // over the storages given, which have their devices. Storages of meta tensors follow those given.
   // With `is_plain` also the section kTree or, for a flat dictionary, kStateMetadata or none, and
-  // the flag kFileRootIsOrderedDict; names are then those that save() would give them. `file_bytes`
-  // is left to the caller.
+  // the flag kFileRootIsOrderedDict; names are then those that save() would give them. Without it,
+  // if there is a section kTree, its nodes `{"$opaque": null}` stand for what is not plain, and all
+  // else is as it was. `file_bytes` is left to the caller.
   Tables tables;
   // Whether the object is what a tree can hold: loading `tables` gives what torch.load gives, and
   // the stream asks for nothing that its restricted unpickler refuses.

@@ -204,6 +204,10 @@ class Reader(metaclass=_pybind11_type):
     def base(self, storage: int, begin: int, end: int) -> torch.Tensor:
         """Bytes of a storage as a uint8 tensor: a view of the mapping, or freshly read."""
 
+    def drop_pages(self) -> None:
+        """Takes the pages of the mapping, which nobody may have changed, out of this process; they
+        are read from the file again where they are needed."""
+
     def find_damage(self) -> list[int]:
         """Reads all data; the storages that differ from their checksums."""
 

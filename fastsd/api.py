@@ -15,11 +15,11 @@ from fastsd.archive import Archive
 from fastsd.archive import verify as verify_archive
 from fastsd.errors import ChecksumError, UnsupportedError
 from fastsd.files import Source, encode_path, is_path
-from fastsd.formats import fsd, legacy
+from fastsd.formats import fsd
 from fastsd.formats.detect import open_any
 from fastsd.into import Target
 from fastsd.names import NameRules, Rename, Select
-from fastsd.restore import restore
+from fastsd.restore import restore, restore_through_torch
 from fastsd.saving import Format, Pickling, make_plan, write
 from fastsd.tensors import CPU
 
@@ -177,13 +177,7 @@ def load(
 def _load_through_torch(
     source: Source, map_location: Any, how: pickled.Unpickling, rules: NameRules | None
 ) -> Any:
-    obj = legacy.load(
-        source,
-        map_location,
-        weights_only=pickled.is_restricted(how),
-        pickle_module=how.pickle_module,
-        load_args=dict(how.load_args),
-    )
+    obj = restore_through_torch(source, map_location, how)
     return pickled.choose(obj, rules, source.name) if rules else obj
 
 

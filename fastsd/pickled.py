@@ -64,11 +64,11 @@ def dump(
     return Pickled(dict(records)[_STREAM], recorder.storages, records)
 
 
-def wrap_stream(stream: bytes) -> list[tuple[str, str | bytes]]:
+def wrap_stream(stream: bytes, byte_order: str = "little") -> list[tuple[str, str | bytes]]:
     """The records of a file with this stream, as torch 2.13 writes them, for `plan_zip`."""
     version = (".format_version", "1")
     alignment = (_ALIGNMENT, str(_ALIGN_BYTES))
-    return [(_STREAM, stream), version, alignment, ("byteorder", "little")]
+    return [(_STREAM, stream), version, alignment, ("byteorder", byte_order)]
 
 
 def plan_zip(

@@ -12,7 +12,8 @@ import torch
 from fastsd import _core, pickled, tree
 from fastsd.archive import Restore, load_tensors
 from fastsd.errors import FormatError
-from fastsd.formats import fsd
+from fastsd.files import Source
+from fastsd.formats import fsd, legacy
 from fastsd.names import Choice, NameRules
 from fastsd.placement import find_restore
 
@@ -44,6 +45,26 @@ def restore(
         for reader, choice in zip(readers, choices, strict=True)
     ]
     return _merge(parts, readers), [choice.numbers for choice in choices]
+
+
+def restore_partly(reader: _core.Reader) -> Any:
+    """What a pickle holds as far as it can be told without unpickling, with `tree.Opaque` in the
+    place of the rest; None if nothing can be told. Raises FormatError."""
+    text = reader.section(fsd.Section.TREE)
+    if text is None:
+        return None
+    return tree.restore_partly(text, list(load_tensors(reader, None).values()))
+
+
+def restore_through_torch(source: Source, map_location: Any, how: pickled.Unpickling) -> Any:
+    """What only torch can read; raises what it raises, and FormatError."""
+    return legacy.load(
+        source,
+        map_location,
+        weights_only=pickled.is_restricted(how),
+        pickle_module=how.pickle_module,
+        load_args=dict(how.load_args),
+    )
 
 
 def _needs_unpickling(reader: _core.Reader, how: pickled.Unpickling) -> bool:

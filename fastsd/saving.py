@@ -49,10 +49,7 @@ def make_plan(
     if format != "pth":
         known = ", ".join(map(repr, get_args(Format)))
         raise ValueError(f"format must be None or one of {known}, not {format!r}")
-    if metadata:
-        raise ValueError("the format 'pth' has no place for metadata")
-    parts = how.dump(obj)
-    return pickled.plan_zip(parts.records, parts.storages, pickled.find_archive_name(path))
+    return plan_pickled(how.dump(obj), format, path, metadata)
 
 
 def write(
@@ -78,7 +75,7 @@ def write(
 
 
 def _plan_fsd(obj: object, metadata: Mapping[str, str] | None, how: Pickling) -> _core.Plan:
-    sections = [(fsd.Section.METADATA, fsd.encode_metadata(dict(metadata)))] if metadata else []
+    sections = _encode_metadata(metadata)
     if not (skips_data() or asks_packages()):
         try:
             return _plan_plain(obj, sections)
@@ -87,7 +84,7 @@ def _plan_fsd(obj: object, metadata: Mapping[str, str] | None, how: Pickling) ->
         except UnsupportedError:
             how.dump(obj)  # where torch refuses, its error
             raise
-    return _plan_pickled(how.dump(obj), sections)
+    return _plan_sections(how.dump(obj), sections)
 
 
 def _plan_plain(obj: object, sections: list[tuple[fsd.Section, bytes]]) -> _core.Plan:
@@ -104,7 +101,22 @@ def _plan_plain(obj: object, sections: list[tuple[fsd.Section, bytes]]) -> _core
     return plan
 
 
-def _plan_pickled(parts: pickled.Pickled, sections: list[tuple[fsd.Section, bytes]]) -> _core.Plan:
+def plan_pickled(
+    parts: pickled.Pickled, format: Format, path: bytes | None, metadata: Mapping[str, str] | None
+) -> _core.Plan:
+    """Lays out a pickle as it is, for "fsd" or "pth"; ``path`` and errors as for `make_plan`."""
+    if format == "fsd":
+        return _plan_sections(parts, _encode_metadata(metadata))
+    if metadata:
+        raise ValueError("the format 'pth' has no place for metadata")
+    return pickled.plan_zip(parts.records, parts.storages, pickled.find_archive_name(path))
+
+
+def _encode_metadata(metadata: Mapping[str, str] | None) -> list[tuple[fsd.Section, bytes]]:
+    return [(fsd.Section.METADATA, fsd.encode_metadata(dict(metadata)))] if metadata else []
+
+
+def _plan_sections(parts: pickled.Pickled, sections: list[tuple[fsd.Section, bytes]]) -> _core.Plan:
     describer = Describer()
     plan = _core.Plan(list(parts.storages), list(parts.storages.values()), describer)
     plan.finish(0, describer.devices, [*sections, (fsd.Section.PICKLE, parts.stream)])

@@ -135,11 +135,15 @@ def _check_overlaps(names: list[str], overlaps: list[list[int]], lossy: bool) ->
     )
 
 
+def find_problems(obj: Mapping[Any, Any]) -> dict[Any, str]:
+    """The keys that cannot be held, and why."""
+    found = {key: _find_problem(key, value) for key, value in obj.items()}
+    return {key: problem for key, problem in found.items() if problem is not None}
+
+
 def _refuse_items(obj: Mapping[Any, Any]) -> None:
     """Raises UnsupportedError for the keys and values that cannot be held, if there are any."""
-    problems = [
-        f"\n  {key!r} {problem}" for key, value in obj.items() if (problem := _find_problem(key, value))
-    ]
+    problems = [f"\n  {key!r} {problem}" for key, problem in find_problems(obj).items()]
     if problems:
         raise UnsupportedError(
             "safetensors holds dense tensors of some dtypes by name, which these are not (the "

@@ -6,7 +6,7 @@ import mmap
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from fastsd import _core
 from fastsd.errors import NamesError, UnsupportedError
 from fastsd.layouts import Layout, kinds_of, recognise
+from fastsd.tree import Opaque
 
 _CHUNK_ITEMS = 4 << 20  # of a tensor that is cast: at most 32 MiB at a time
 _SLAB_BYTES = 64 << 20
@@ -58,6 +59,15 @@ def pick_part(obj: Any, key: str, path: str) -> Any:
     return part.state_dict() if isinstance(part, torch.nn.Module) else part
 
 
+def find_opaque(obj: Any) -> bool:
+    """Whether something in it is known to an unpickler only."""
+    if isinstance(obj, Mapping):
+        return any(find_opaque(value) for value in obj.values())
+    if isinstance(obj, (list, tuple)):
+        return any(find_opaque(value) for value in obj)
+    return isinstance(obj, Opaque)
+
+
 def drop_keys(obj: Any, keys: tuple[str, ...]) -> Any:
     """The dictionary without these keys, of the same type; the object itself is left as it is."""
     if not keys:
@@ -91,15 +101,19 @@ def strip_prefix(obj: Any, prefix: str, path: str) -> Any:
 class Caster:
     """Casts floating point tensors, piece by piece, into nameless files: memory stays bounded.
 
-    Tensors over one storage share one again. float8 and narrower types, which go with scales of
+    ``readers`` are those of mapped files that the tensors lie in, which nobody has edited in
+    memory. Tensors over one storage share one again. float8 and narrower types, which go with scales of
     their own, and integers stay as they are.
     """
 
-    def __init__(self, dtype: torch.dtype, directory: str) -> None:
+    def __init__(
+        self, dtype: torch.dtype, directory: str, readers: Sequence[_core.Reader] = ()
+    ) -> None:
         if dtype not in _CAST:
             names = ", ".join(sorted(str(t).removeprefix("torch.") for t in _CAST))
             raise ValueError(f"dtype must be one of {names}, not {dtype}")
         self._dtype = dtype
+        self._readers = readers
         self._slabs = _Slabs(directory)
         self._storages: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         self._done: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -155,8 +169,9 @@ class Caster:
         copy = self._slabs.take(flat.numel(), self._dtype)
         for source, target in zip(flat.split(_CHUNK_ITEMS), copy.split(_CHUNK_ITEMS), strict=True):
             target.copy_(source)
-            _core.release_pages(source)
-            _core.release_pages(target)
+            for reader in self._readers:
+                reader.drop_pages()
+            self._slabs.drop_pages()
         return copy
 
 
@@ -178,10 +193,15 @@ class _Slabs:
         self._used += -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
         return torch.empty(0, dtype=dtype).set_(part, 0, (items,), (1,))
 
+    def drop_pages(self) -> None:
+        """Takes out of this process what the page cache, or the disk, has."""
+        self._pages.madvise(mmap.MADV_DONTNEED)
+
     def _make(self, nbytes: int) -> torch.Tensor:
         with tempfile.TemporaryFile(dir=self._directory) as file:
             os.posix_fallocate(file.fileno(), 0, nbytes)  # a full disk is an error, not a signal
-            return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8)
+            self._pages = mmap.mmap(file.fileno(), nbytes)
+        return torch.frombuffer(self._pages, dtype=torch.uint8)
 
 
 def arrays_to_tensors(obj: Any) -> Any:

@@ -399,6 +399,24 @@ def restore_tree(text: bytes, tensors: list[torch.Tensor]) -> Any:
     return decode_json(text, Section.TREE, tensors, _Decoder(tensors).decode)
 
 
+class Opaque:
+    """Stands for what only an unpickler could make."""
+
+
+def restore_partly(text: bytes, tensors: list[torch.Tensor]) -> Any:
+    """The object of a pickle's tree, with an `Opaque` wherever something is not plain.
+
+    Raises FormatError.
+    """
+    opaque = Opaque()
+    decode = _Decoder(tensors).decode
+
+    def decode_any(name: str, value: Any) -> Any:
+        return opaque if name == "$opaque" else decode(name, value)
+
+    return decode_json(text, Section.TREE, tensors, decode_any)
+
+
 def find_metadata(
     text: bytes, prefix: str, tensor_count: int
 ) -> tuple[OrderedDict[str, Any] | None, str]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import torch
 
 from fastsd import api
+from fastsd.archive import TensorInfo
 from fastsd.errors import FormatError
-from fastsd.names import NameRules
+from fastsd.names import NameRules, Rename
 from fastsd.summary import name_of
 
 PathLike = str | os.PathLike[str]
@@ -82,7 +83,7 @@ def compare(
     a: PathLike,
     b: PathLike,
     *,
-    rename: Mapping[str, str] | None = None,
+    rename: Rename | None = None,
     rtol: float = 0.0,
     atol: float = 0.0,
     ignore_dtypes: bool = False,
@@ -91,7 +92,7 @@ def compare(
     """Compares the tensors of two files that `fastsd.open` reads; plain values are left out.
 
     Args:
-        rename: From leading parts of names to what replaces them, in both files, as for `load`.
+        rename: What tensors are called, in both files, as for `fastsd.load`.
         rtol, atol: Elements differ within the tolerance if abs(a - b) <= atol + rtol * abs(b).
         ignore_dtypes: Tensors may be equal though their dtypes differ.
         on_progress: Called with the bytes compared until now, and of all there are.
@@ -102,7 +103,7 @@ def compare(
     FormatError if a file is replaced meanwhile.
     """
     with _Pair(a, b, rename, on_progress or (lambda done, total: None)) as pair:
-        tensors = [_compare_tensor(pair, name, rtol, atol) for name in pair.common]
+        tensors = _compare_tensors(pair, rtol, atol)
         return Diff(
             path_a=pair.a.path,
             path_b=pair.b.path,
@@ -129,7 +130,7 @@ def _is_different(tensor: TensorDiff, ignore_dtypes: bool) -> bool:
 class _Side:
     """One of the files: ``infos`` of its tensors by their new names."""
 
-    def __init__(self, path: PathLike, rename: Mapping[str, str] | None) -> None:
+    def __init__(self, path: PathLike, rename: Rename | None) -> None:
         self.path = os.fsdecode(path)
         self.archive = api.open(path)
         stored = list(self.archive)
@@ -156,7 +157,7 @@ class _Pair:
         self,
         a: PathLike,
         b: PathLike,
-        rename: Mapping[str, str] | None,
+        rename: Rename | None,
         on_progress: Callable[[int, int], None],
     ) -> None:
         self.a = _Side(a, rename)
@@ -174,6 +175,10 @@ class _Pair:
         self.a.archive.close()
         self.b.archive.close()
 
+    def advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._on_progress(self._done, self._total)
+
     def blocks(self, name: str, items_max: int) -> Iterator[tuple[tuple[slice, ...], int]]:
         """Indices of pieces, of at most so many items, of a tensor of the same shape in both; and
         how often each occurs: what is expanded in both files is read once.
@@ -188,8 +193,7 @@ class _Pair:
         for block in _split(shape, a.stride, items_max):
             yield block, times
             items = math.prod(index.stop - index.start for index in block)
-            self._done += items * times * a.dtype.itemsize
-            self._on_progress(self._done, self._total)
+            self.advance(items * times * a.dtype.itemsize)
             self._in_window += items * (a.dtype.itemsize + b.dtype.itemsize)
             if self._in_window >= _WINDOW_BYTES:
                 self._in_window = 0
@@ -252,6 +256,12 @@ class _Counts:
         self.max_abs = max(self.max_abs, other.max_abs)
         self.scaled_sum += other.scaled_sum * times
 
+    def mean(self, elements: int) -> float:
+        finite = elements - self.nonfinite
+        if isinstance(self.scaled_sum, int):
+            return self.scaled_sum / finite
+        return min(self.scaled_sum * (elements / finite), self.max_abs)  # rounding may exceed it
+
 
 @dataclass(frozen=True)
 class _Rule:
@@ -287,6 +297,20 @@ def _is_number(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and not name_of(dtype).startswith("float4")
 
 
+def _compare_tensors(pair: _Pair, rtol: float, atol: float) -> list[TensorDiff]:
+    """All tensors; those that are tied in both files once."""
+    known: dict[tuple[TensorInfo, TensorInfo], TensorDiff] = {}
+    tensors = []
+    for name in pair.common:
+        key = replace(pair.a.infos[name], name=""), replace(pair.b.infos[name], name="")
+        if key in known:
+            pair.advance(key[0].nbytes)
+        else:
+            known[key] = _compare_tensor(pair, name, rtol, atol)
+        tensors.append(replace(known[key], name=name))
+    return tensors
+
+
 def _compare_tensor(pair: _Pair, name: str, rtol: float, atol: float) -> TensorDiff:
     a, b = pair.a.infos[name], pair.b.infos[name]
     elements = a.shape.numel()
@@ -311,14 +335,13 @@ def _compare_tensor(pair: _Pair, name: str, rtol: float, atol: float) -> TensorD
         del read
     finite = elements - counts.nonfinite
     has_values = common != _OPAQUE and finite > 0
-    scale = elements if common in _FLOATING else 1
     return known(
         compared_as=common,
         differing=counts.differing,
         outside=counts.outside,
         nonfinite=counts.nonfinite,
         max_abs=counts.max_abs if has_values else None,
-        mean_abs=counts.scaled_sum * scale / finite if has_values else None,
+        mean_abs=counts.mean(elements) if has_values else None,
         bit_identical=counts.is_identical,
     )
 
@@ -327,10 +350,11 @@ def _compare_block(a: torch.Tensor, b: torch.Tensor, rule: _Rule) -> _Counts:
     if a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)):
         return _Counts()
     if rule.common == _OPAQUE:
-        differing = int((_bits(a) != _bits(b)).sum())
+        differing = _count(_bits(a) != _bits(b))
         return _Counts(False, differing, differing)
     if rule.common in _FLOATING:
-        return _compare_floating(_widen(a, rule), _widen(b, rule), rule)
+        dtype = getattr(torch, rule.common)
+        return _compare_floating(a.to(dtype), b.to(dtype), rule)
     return _compare_integers(_to_integers(a, rule), _to_integers(b, rule), rule)
 
 
@@ -340,35 +364,36 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(_BITS[tensor.itemsize])
 
 
-def _widen(tensor: torch.Tensor, rule: _Rule) -> torch.Tensor:
-    """As float64, with one more dimension for the parts of what is complex."""
-    wide = tensor.to(getattr(torch, rule.common))
-    return torch.view_as_real(wide) if wide.is_complex() else wide.unsqueeze(-1)
-
-
-def _magnitude(parts: torch.Tensor) -> torch.Tensor:
-    if parts.shape[-1] == 1:
-        return parts[..., 0].abs()
-    return torch.hypot(parts[..., 0], parts[..., 1])
-
-
 def _compare_floating(a: torch.Tensor, b: torch.Tensor, rule: _Rule) -> _Counts:
-    differs = ~((a == b) | (a.isnan() & b.isnan())).all(-1)
-    gap = _magnitude(a - b)
-    is_finite = gap.isfinite()
+    differs = a != b
+    gap = (a - b).abs()
+    is_infinite = ~gap.isfinite()
+    if is_infinite.any():
+        differs &= ~_are_same_nan(a, b)
+        gap[is_infinite] = 0.0
     outside = differs
     if rule.rtol or rule.atol:
-        is_close = is_finite & (gap <= rule.atol + rule.rtol * _magnitude(b))
+        is_close = (gap <= rule.atol + rule.rtol * b.abs()) & ~is_infinite
         outside = differs & ~is_close
-    gaps = gap[differs & is_finite]
     return _Counts(
         is_identical=False,
-        differing=int(differs.sum()),
-        outside=int(outside.sum()),
-        nonfinite=int((differs & ~is_finite).sum()),
-        max_abs=float(gaps.max()) if gaps.numel() else 0.0,
-        scaled_sum=float((gaps / rule.elements).sum()),
+        differing=_count(differs),
+        outside=_count(outside),
+        nonfinite=_count(differs & is_infinite),
+        max_abs=float(gap.max()),
+        scaled_sum=float(gap.div_(rule.elements).sum()),
     )
+
+
+def _are_same_nan(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Where values are equal if NaN equals NaN; of what is complex in both parts."""
+    if a.is_complex():
+        return _are_same_nan(torch.view_as_real(a), torch.view_as_real(b)).all(-1)
+    return (a == b) | (a.isnan() & b.isnan())
+
+
+def _count(mask: torch.Tensor) -> int:
+    return int(mask.count_nonzero())
 
 
 def _to_integers(tensor: torch.Tensor, rule: _Rule) -> np.ndarray:

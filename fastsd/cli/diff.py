@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastsd.cli import terminal
@@ -44,14 +46,15 @@ def add_parser(commands: Commands, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("a", metavar="A")
     parser.add_argument("b", metavar="B")
-    parser.add_argument("--rtol", type=_tolerance, default=0.0, metavar="X", help=_TOLERANCE)
-    parser.add_argument("--atol", type=_tolerance, default=0.0, metavar="X")
+    for name in ("--rtol", "--atol"):
+        parser.add_argument(name, type=_tolerance, default=0.0, metavar="X", help=_TOLERANCE)
     parser.add_argument(
         "--ignore-dtypes", action="store_true", help="dtypes may differ where values do not"
     )
     parser.add_argument(
         "--rename",
         action="append",
+        dest="renamings",
         default=[],
         type=_renaming,
         metavar="OLD=NEW",
@@ -60,7 +63,8 @@ def add_parser(commands: Commands, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strip-prefix",
         action="append",
-        default=[],
+        dest="renamings",
+        type=lambda prefix: (prefix, ""),
         metavar="P",
         help="take P off names that start with it, in both files",
     )
@@ -68,7 +72,7 @@ def add_parser(commands: Commands, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-_TOLERANCE = "differ within the tolerance if abs(a - b) <= atol + rtol * abs(b)"
+_TOLERANCE = "equal is what has abs(a - b) <= atol + rtol * abs(b)"
 
 
 def _tolerance(text: str) -> float:
@@ -85,12 +89,20 @@ def _renaming(text: str) -> tuple[str, str]:
     return old, new
 
 
+def _rename(renamings: Sequence[tuple[str, str]], name: str) -> str:
+    """The name after one renaming after another, in the order in which they were given."""
+    for old, new in renamings:
+        if name.startswith(old):
+            name = new + name[len(old) :]
+    return name
+
+
 def run(args: argparse.Namespace) -> int:
     with terminal.Progress(args.progress) as progress:
         found = compare(
             args.a,
             args.b,
-            rename={**dict.fromkeys(args.strip_prefix, ""), **dict(args.rename)} or None,
+            rename=partial(_rename, args.renamings) if args.renamings else None,
             rtol=args.rtol,
             atol=args.atol,
             ignore_dtypes=args.ignore_dtypes,

@@ -6,20 +6,16 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastsd.errors import FastsdError
 
 if TYPE_CHECKING:
     import argparse
 
-    from rich.console import Console
-
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _TEXT_CHARACTERS_MAX = 200
-# Where there is no terminal to fit into, a line is as long as what is in it.
-_WIDTH_MAX = 2000
 _UNITS = ("kB", "MB", "GB", "TB", "PB", "EB")
 
 
@@ -80,40 +76,45 @@ def print_lines(lines: Iterable[str] = ("",)) -> None:
         sys.stdout.write(clean(line, None) + "\n")
 
 
-def make_console() -> Console:
-    """A console that takes texts as they are: no markup, no emoji, no colours of its own."""
-    try:
-        from rich.console import Console
-    except ModuleNotFoundError:
-        raise MissingPackageError(
-            'tables need rich: pip install "fastsd[cli]"; or ask for --json'
-        ) from None
-    console = Console(file=sys.stdout, markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDTH_MAX
-    return console
-
-
 def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()
 ) -> None:
-    """Prints texts in columns that fit the terminal; those named in ``right`` are numbers."""
-    console = make_console()
-    from rich.table import Table
-    from rich.text import Text
+    """Prints texts in columns; those named in ``right`` are numbers.
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        side = "right" if column in right else "left"
-        table.add_column(
-            column,
-            justify=side,  # type: ignore[arg-type]
-            no_wrap=column in right,
-            overflow="fold",
+    On a terminal they are made to fit. Elsewhere a row is a line, whatever its length.
+    """
+    cells = [[clean(cell) for cell in row] for row in rows]
+    is_right = [column in right for column in columns]
+    if sys.stdout.isatty():
+        _print_fitting(columns, cells, is_right)
+        return
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    for row in (columns, *cells):
+        aligned = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, is_right, strict=True)
         )
-    for row in rows:
-        table.add_row(*(Text(clean(cell)) for cell in row))
-    console.print(table)
+        sys.stdout.write("  ".join(aligned).rstrip() + "\n")
+
+
+def _print_fitting(
+    columns: Sequence[str], cells: Sequence[Sequence[str]], is_right: Sequence[bool]
+) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ModuleNotFoundError:
+        raise MissingPackageError(
+            "tables on a terminal need rich: pip install 'fastsd[cli]' (or: fastsd ... | cat)"
+        ) from None
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column, right in zip(columns, is_right, strict=True):
+        side: Literal["left", "right"] = "right" if right else "left"
+        table.add_column(column, justify=side, no_wrap=right, overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row))  # a Text has no markup
+    Console(file=sys.stdout).print(table)
 
 
 def print_mapping(title: str, items: Mapping[str, str]) -> None:

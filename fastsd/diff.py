@@ -17,6 +17,7 @@ from fastsd.archive import TensorInfo
 from fastsd.errors import FormatError
 from fastsd.names import NameRules, Rename
 from fastsd.summary import name_of
+from fastsd.tensors import extent_items
 
 PathLike = str | os.PathLike[str]
 
@@ -35,7 +36,8 @@ class TensorDiff:
     ``compared_as`` is what its values were promoted to, exactly but for integers beyond 2**53
     beside floating point: "int64", "uint64", "integers" (of any size), "float64", "complex128";
     "bits" for the same dtype without arithmetic; None if values were not compared, because of their
-    shapes, their dtypes, or as there are none (meta tensors). Counts are then None, too.
+    shapes, their dtypes, as there are none (meta tensors), or as a few of them fill a whole tensor
+    thousands of times. Counts are then None, too.
 
     ``differing`` counts elements that are not equal (NaN equals NaN, -0.0 equals 0.0), ``outside``
     those of them beyond the tolerance, and ``nonfinite`` those whose difference is no finite
@@ -97,10 +99,12 @@ def compare(
         ignore_dtypes: Tensors may be equal though their dtypes differ.
         on_progress: Called with the bytes compared until now, and of all there are.
 
-    Memory needed: about 128 MiB, whatever the size; a storage that several tensors share is held
-    as a whole where files cannot be mapped, as is one that is laid out differently in the
-    other file. Raises what `fastsd.open` raises, NamesError where two names become one, and
-    FormatError if a file is replaced meanwhile.
+    Memory needed: about 128 MiB and what names take, whatever the sizes. But a storage that several
+    tensors share is held as a whole where files are not mapped, and pages of one that is laid out
+    differently in the other file may all count as memory while they are used.
+
+    Raises what `fastsd.open` raises, NamesError where two names become one, and FormatError if
+    a file is replaced meanwhile.
     """
     with _Pair(a, b, rename, on_progress or (lambda done, total: None)) as pair:
         tensors = _compare_tensors(pair, rtol, atol)
@@ -186,19 +190,30 @@ class _Pair:
         Files are opened anew between pieces, so that nobody may keep what was read of one.
         """
         a, b = self.a.infos[name], self.b.infos[name]
-        is_expanded = [x == y == 0 for x, y in zip(a.stride, b.stride, strict=True)]
-        expanded = list(zip(a.shape, is_expanded, strict=True))
-        times = math.prod(size for size, once in expanded if once)
-        shape = [min(size, 1) if once else size for size, once in expanded]
+        shape, times = _find_repeats(a, b)
         for block in _split(shape, a.stride, items_max):
             yield block, times
-            items = math.prod(index.stop - index.start for index in block)
-            self.advance(items * times * a.dtype.itemsize)
-            self._in_window += items * (a.dtype.itemsize + b.dtype.itemsize)
+            sizes = [index.stop - index.start for index in block]
+            self.advance(math.prod(sizes) * times * a.dtype.itemsize)
+            self._in_window += _count_reached(sizes, a) + _count_reached(sizes, b)
             if self._in_window >= _WINDOW_BYTES:
                 self._in_window = 0
                 self.a.renew(name)
                 self.b.renew(name)
+
+
+def _find_repeats(a: TensorInfo, b: TensorInfo) -> tuple[list[int], int]:
+    """The shape of what is to be read where dimensions are expanded in both files, and how often
+    that occurs."""
+    is_expanded = [x == y == 0 for x, y in zip(a.stride, b.stride, strict=True)]
+    dims = list(zip(a.shape, is_expanded, strict=True))
+    shape = [min(size, 1) if expanded else size for size, expanded in dims]
+    return shape, math.prod(size for size, expanded in dims if expanded)
+
+
+def _count_reached(sizes: Sequence[int], info: TensorInfo) -> int:
+    """The bytes from the first to the last element of a piece."""
+    return extent_items(sizes, info.stride) * info.dtype.itemsize
 
 
 def _split(
@@ -228,12 +243,18 @@ _INTEGERS = {
     if hasattr(torch, name)  # older releases lack some
 }
 _UNSIGNED = {dtype for dtype in _INTEGERS if name_of(dtype).startswith(("bool", "uint"))}
+# As np.lib.stride_tricks makes them; a damaged or hostile file may have any number.
+_OVERLAP_MAX = 4096
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
-
-
 _OPAQUE = "bits"
 _FLOATING = ("float64", "complex128")
 _META = "meta"  # the device of tensors without data
+
+
+def _overlaps_itself(a: TensorInfo, b: TensorInfo) -> bool:
+    """Whether elements lie upon each other so often that to read each would never end."""
+    items = math.prod(_find_repeats(a, b)[0])
+    return items * a.dtype.itemsize > _OVERLAP_MAX * max(a.storage_nbytes, b.storage_nbytes)
 
 
 @dataclass
@@ -324,9 +345,9 @@ def _compare_tensor(pair: _Pair, name: str, rtol: float, atol: float) -> TensorD
         elements=elements,
     )
     common = _find_common(a.dtype, b.dtype) if a.shape == b.shape else None
-    if common is None or _META in (a.device, b.device):
-        is_same = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-        return known(bit_identical=is_same)
+    if common is None or _META in (a.device, b.device) or _overlaps_itself(a, b):
+        has_no_data = a.device == b.device == _META
+        return known(bit_identical=has_no_data and (a.shape, a.dtype) == (b.shape, b.dtype))
     rule = _Rule(common, elements, rtol, atol)
     counts = _Counts(is_identical=a.dtype == b.dtype)
     for block, times in pair.blocks(name, rule.items_max):

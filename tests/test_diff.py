@@ -317,6 +317,13 @@ def test_expanded_tensors_are_read_once(compare_tensors):
     assert (tensor.max_abs, tensor.mean_abs) == (2.0, 2.0)
 
 
+def test_what_would_never_end_is_not_compared(compare_tensors):
+    a = torch.ones(700).as_strided((64,) * 9, (1,) * 9)
+    found, tensor = compare_tensors(a, a)
+    assert found.different == ["x"]
+    assert tensor.compared_as is None
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_a_file_that_is_replaced_meanwhile_is_an_error(tmp_path):
     path = tmp_path / "a.fsd"

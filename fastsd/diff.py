@@ -99,9 +99,9 @@ def compare(
         ignore_dtypes: Tensors may be equal though their dtypes differ.
         on_progress: Called with the bytes compared until now, and of all there are.
 
-    Memory needed: about 128 MiB and what names take, whatever the sizes. But a storage that several
-    tensors share is held as a whole where files are not mapped, and pages of one that is laid out
-    differently in the other file may all count as memory while they are used.
+    Memory needed: about 128 MiB and what names take, whatever the sizes. But storages that
+    several tensors share are held where files are not mapped; and all pages of one that is laid out
+    differently in the other file may count as memory while it is compared.
 
     Raises what `fastsd.open` raises, NamesError where two names become one, and FormatError if
     a file is replaced meanwhile.
@@ -146,7 +146,9 @@ class _Side:
         return part.detach().cpu().resolve_conj().resolve_neg()
 
     def renew(self, name: str) -> None:
-        """Gives pages and cached storages back. Raises FormatError if the tensor has changed."""
+        """Gives the pages of a mapping back. Raises FormatError if the tensor has changed."""
+        if not self.archive.is_mapped:  # what it holds may have been costly to get
+            return
         info = self.infos[name]
         self.archive.close()
         self.archive = api.open(self.path)

@@ -20,7 +20,8 @@ Status = Literal["good", "damaged", "unreadable", "skipped"]
 _FSD = b"\x8fFSD"
 _ZIP = b"PK\x03\x04"
 _ZIP_NAME_AT = 30
-_SUFFIXES = (".fsd", ".safetensors")
+_INDEX_SUFFIX = ".index.json"
+_SUFFIXES = (".fsd", ".safetensors", _INDEX_SUFFIX)
 _FIRST_BYTES = 512
 
 
@@ -32,7 +33,8 @@ class FileCheck:
     knows; "unreadable", which the system refused to read; "skipped", which a tree holds and
     `fastsd.open` does not know. ``error`` says why, and ``damaged`` names the tensors whose bytes
     are not what was written. ``checked_bytes`` agree with their checksums; ``unchecked`` names the
-    tensors that have none, so that only their place in the file was checked.
+    tensors that have none, so that only their place in the file was checked. ``shards`` are the
+    files that an index of such leads to.
     """
 
     path: str
@@ -43,6 +45,7 @@ class FileCheck:
     checked_bytes: int = 0
     unchecked: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
+    shards: list[str] = field(default_factory=list)
     error: str | None = None
 
     @property
@@ -54,7 +57,8 @@ def verify_file(path: PathLike, *, is_certain: bool = True) -> FileCheck:
     """Reads a file, or a directory that `fastsd.open` takes for one, and checks what can be.
 
     Whatever is wrong with it is in the result, and not raised. ``is_certain``: that it is of a
-    format that `fastsd.open` knows; else a file of another is skipped.
+    format that `fastsd.open` knows; else a file of another is skipped, and of an index the shards
+    are not read.
     """
     known = FileCheck(os.fsdecode(path), "good")
     try:
@@ -63,6 +67,10 @@ def verify_file(path: PathLike, *, is_certain: bool = True) -> FileCheck:
             known = replace(known, file_bytes=status.st_size)
         with api.open(path) as archive:
             known = replace(known, format=format_of(archive), tensors=len(archive))
+            if known.path.endswith(_INDEX_SUFFIX):
+                known = replace(known, shards=list(getattr(archive, "files", ())))
+            if known.shards and not is_certain:
+                return known
             report = archive.verify()
         unchecked = list(report.unchecked)
         return replace(known, checked_bytes=report.checked_nbytes, unchecked=unchecked)
@@ -80,15 +88,13 @@ def verify_file(path: PathLike, *, is_certain: bool = True) -> FileCheck:
 def verify_tree(path: PathLike) -> Iterator[FileCheck]:
     """Checks each regular file below a directory, by name and once, whatever links lead to it.
 
-    Links to directories are not followed. A directory with an index of shards is checked as
-    a whole, too, as far as that needs no reading: whether what the index promises is there.
+    Links to directories are not followed. Of an index of shards only its own structure is checked,
+    and that all that it promises is there: the shards are files below the directory themselves.
     """
     seen: set[tuple[int, int]] = set()
     unreadable: list[OSError] = []
     for folder, folders, names in os.walk(path, onerror=unreadable.append):
         folders.sort()
-        if any(name.endswith(".index.json") for name in names):
-            yield from _check_index(folder)
         for name in sorted(names):
             file = os.path.join(folder, name)
             try:
@@ -103,18 +109,6 @@ def verify_tree(path: PathLike) -> Iterator[FileCheck]:
                 yield verify_file(file, is_certain=False)
     for refusal in unreadable:
         yield FileCheck(str(refusal.filename), "unreadable", error=refusal.strerror)
-
-
-def _check_index(folder: str) -> Iterator[FileCheck]:
-    """What is wrong with a directory of shards, beside what is wrong with a shard."""
-    try:
-        api.open(folder).close()
-    except IsADirectoryError:
-        pass
-    except OSError as error:
-        yield FileCheck(folder, "unreadable", error=error.strerror or str(error))
-    except FastsdError as error:
-        yield FileCheck(folder, "damaged", error=error.detail)
 
 
 def _claims_to_be_ours(path: str) -> bool:

@@ -108,8 +108,21 @@ def test_links_are_followed_once_and_loops_never(tmp_path):
     assert find_statuses(tmp_path) == {"a.fsd": "good", "self": "skipped"}
 
 
-def test_an_index_without_its_shards_is_no_good_tree(tmp_path):
-    """What open() does not take for an archive yet is left to the shards themselves."""
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
-    statuses = set(find_statuses(tmp_path).values())
-    assert statuses <= {"skipped", "damaged"}
+def test_a_damaged_index_is_no_good_tree(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": ')
+    (tmp_path / "config.json").write_text("{}")
+    assert find_statuses(tmp_path) == {
+        "model.safetensors.index.json": "damaged",
+        "config.json": "skipped",
+    }
+
+
+def test_of_an_index_the_shards_are_read_by_themselves(tmp_path, monkeypatch):
+    """For any archive in several files, whatever says which these are."""
+    index = tmp_path / "x.index.json"
+    fastsd.save({"a": torch.ones(10)}, index)
+    shards = (str(tmp_path / "1"), str(tmp_path / "2"))
+    monkeypatch.setattr(fastsd.Archive, "files", shards, raising=False)
+    (check,) = verify_tree(tmp_path)
+    assert (check.status, check.checked_bytes, check.shards) == ("good", 0, list(shards))
+    assert verify_file(index).checked_bytes == 40

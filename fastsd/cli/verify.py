@@ -4,7 +4,7 @@
 
 - ``files``: a list of `fastsd.integrity.FileCheck`, field by field: ``path``, ``status`` ("good",
   "damaged", "unreadable" or "skipped"), ``file_bytes``, ``format``, ``tensors``, ``checked_bytes``,
-  ``unchecked`` (names), ``damaged`` (names) and ``error``;
+  ``unchecked`` (names), ``damaged`` (names), ``shards`` (paths) and ``error``;
 - ``totals``: ``good``, ``damaged``, ``unreadable`` and ``skipped`` files, ``checked_bytes``, and
   ``unchecked_tensors``.
 """
@@ -104,6 +104,8 @@ def _describe(check: FileCheck) -> list[str]:
     result: str = check.status
     if check.error:
         result += f": {check.error}"
+    elif check.shards:
+        result += f", {terminal.format_count(len(check.shards), 'shard')}"
     elif check.unchecked and not check.checked_bytes:
         result += ", structure only: it has no checksums"
     elif check.unchecked:

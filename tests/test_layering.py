@@ -51,7 +51,7 @@ PYTHON_ALLOWED: dict[str, set[str]] = {
     "layouts": set(),
     "convert": {"api", "layouts"},
     "__init__": {"convert"},
-    "zoo": {"convert"},
+    "zoo": {"convert", "_core"},
     "bench": {"convert"},
     "cli": {"zoo", "bench", "__init__"},
     "integrations": {"__init__"},

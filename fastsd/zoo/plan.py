@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
-from fastsd.zoo.recognise import Form, recognise_file
+from fastsd.zoo.recognise import CHECKPOINT_SUFFIXES, Form, recognise_file
 from fastsd.zoo.trees import Listing, Piece, Tree, is_remote, open_tree
 
 Format = Literal["fsd", "pth", "safetensors"]
@@ -220,9 +220,9 @@ class _Planner:
         for piece in pieces:
             self._left.pop(piece.name, None)
         plan = self.plan
-        target = _name_target(name, form, plan.options)
-        if name == ".":  # the zoo itself is a directory of torch.distributed.checkpoint
-            target = _name_target(PurePosixPath(plan.root.rstrip("/")).name, form, plan.options)
+        # The zoo itself may be a directory of torch.distributed.checkpoint.
+        own_name = os.path.basename(os.path.abspath(plan.root)) if name == "." else name
+        target = _name_target(own_name, form, plan.options)
         self.plan.items.append(
             PlanItem(
                 name=name,
@@ -265,8 +265,9 @@ def _name_target(name: str, form: Form, options: Options) -> str:
     path = PurePosixPath(name)
     match = _INDEX.fullmatch(path.name) if form is Form.SHARDED else None
     stem = match["stem"] if match else path.name
-    if form not in (Form.SHARDED, Form.DCP) and not options.keep_suffix:
-        stem = path.name.removesuffix(".tar").rpartition(".")[0] or path.name
+    if not (match or form is Form.DCP or options.keep_suffix):
+        first, suffix = os.path.splitext(stem.removesuffix(".tar"))  # x.pth.tar is usual, too
+        stem = first if suffix.lower() in CHECKPOINT_SUFFIXES else stem
     return str(path.with_name(f"{stem}.{options.to}"))
 
 

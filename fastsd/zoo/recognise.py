@@ -15,8 +15,8 @@ _FIRST_BYTES = 512
 _SAFETENSORS_HEADER_BYTES_MAX = 100_000_000  # safetensors' own limit
 # Whatever else is under these names was meant to be a checkpoint: a truncated download, a pointer.
 _CERTAIN = frozenset((".pth", ".pt", ".ckpt", ".safetensors", ".fsd"))
-# Pickles, zip and tar files under other names are left alone.
-_POSSIBLE = _CERTAIN | {".bin", ".pkl", ".pickle", ".tar", ".th", ".model", ".weights"}
+# Pickles under other names are left alone.
+CHECKPOINT_SUFFIXES = _CERTAIN | {".bin", ".pkl", ".pickle", ".tar", ".th", ".model", ".weights"}
 
 
 class Form(Enum):
@@ -60,7 +60,7 @@ def _recognise_bytes(first: bytes, suffix: str, file: IO[bytes]) -> Form | None:
     if first[:1] == b"\x80" and first[1:2] <= b"\x05":
         if _LEGACY_MAGIC in first[:32]:
             return Form.LEGACY
-        return Form.PICKLE if suffix in _POSSIBLE else None
+        return Form.PICKLE if suffix in CHECKPOINT_SUFFIXES else None
     if first[257:262] == b"ustar":
         return _recognise_tar(file)
     return None

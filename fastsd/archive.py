@@ -161,6 +161,11 @@ class Archive(Mapping[str, torch.Tensor]):
         """Whether tensors are views of the mapped file; else they are read into memory."""
         return self._open_reader().is_mapped
 
+    @property
+    def version(self) -> tuple[int, int] | None:
+        """The version of the .fsd container, major and minor; None for other formats."""
+        return getattr(self._open_reader(), "version", None)
+
     def get_slice(self, name: str) -> TensorSlice:
         """The tensor as something to be indexed, so that only a part of it is read."""
         return TensorSlice(self, name)

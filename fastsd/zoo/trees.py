@@ -110,10 +110,14 @@ class RemoteTree:
             raise ImportError('URLs need fsspec: pip install "fastsd[zoo]"') from None
         self._files, base = fsspec.core.url_to_fs(root)
         self._base = base.rstrip("/")
+        self._only = ""
+        if self._files.isfile(self._base):
+            self._base, _, self._only = self._base.rpartition("/")
 
     def list(self) -> Listing:
         listing = Listing({}, {}, {})
-        for path, info in sorted(self._files.find(self._base, detail=True).items()):
+        start = self._path(self._only) if self._only else self._base
+        for path, info in sorted(self._files.find(start, detail=True).items()):
             name = path.removeprefix(self._base).lstrip("/")
             parts = PurePosixPath(name).parts
             if ".." in parts:

@@ -21,7 +21,7 @@ from fastsd.convert import Report, convert
 from fastsd.errors import FastsdError
 from fastsd.pickled import find_unsafe_globals
 from fastsd.zoo.plan import PlanItem
-from fastsd.zoo.recognise import Form
+from fastsd.zoo.recognise import Form, recognise_file
 from fastsd.zoo.trees import LocalTree, Piece, RemoteTree, is_remote, iterate_bytes
 
 Status = Literal["done", "skipped", "failed"]
@@ -98,8 +98,20 @@ def _convert(item: PlanItem, on_bytes: Callable[[int], None] | None) -> Outcome:
                 lossy=options.lossy,
                 progress=on_bytes,
             )
-        except (pickle.UnpicklingError, FastsdError) as error:
-            return _explain(item, error, files)
+        except Exception as error:
+            reason, wanted = explain(error, Path(source), item.trusted)
+            # Of the pickles in a directory only the error tells.
+            wants_trust = isinstance(error, pickle.UnpicklingError) or isinstance(
+                error.__cause__, pickle.UnpicklingError
+            )
+            return Outcome(
+                item.name,
+                "failed",
+                reason,
+                wanted=wanted,
+                wants_trust=not item.trusted and (wants_trust or item.form is Form.PICKLE),
+                note=item.note,
+            )
         checksum = checksum_files(files)
     if not is_remote(item.root) and stamp_files(files) != [p.stamp for p in item.pieces]:
         return Outcome(item.name, "failed", "it changed while it was converted: run again")
@@ -149,32 +161,32 @@ def _fetch(remote: RemoteTree, piece: Piece, folder: Path) -> Path:
     return path
 
 
-def _explain(item: PlanItem, error: Exception, files: list[Path]) -> Outcome:
-    """What failed and, if it is that the file needs trust, the globals that it wants."""
-    needs_trust = not item.trusted and (
-        item.form is Form.PICKLE
-        or isinstance(error, pickle.UnpicklingError)
-        or isinstance(error.__cause__, pickle.UnpicklingError)
-    )
-    wanted = _find_wanted(item, files) if needs_trust else []
-    reason = describe(error)
-    if wanted:
-        more = f" and {len(wanted) - 5} more" if wanted[5:] else ""
-        reason = f"it needs trust, to unpickle {', '.join(wanted[:5])}{more}"
-    return Outcome(
-        item.name, "failed", reason, wanted=tuple(wanted), wants_trust=needs_trust, note=item.note
-    )
+def explain(error: Exception, path: Path, trusted: bool = False) -> tuple[str, tuple[str, ...]]:
+    """What went wrong with a source, in one line, and the globals that it wants, if it is that."""
+    wanted = [] if trusted else _find_wanted(error, path)
+    if not wanted:
+        return describe(error), ()
+    more = f" and {len(wanted) - 5} more" if wanted[5:] else ""
+    return f"it needs trust, to unpickle {', '.join(wanted[:5])}{more}", tuple(wanted)
 
 
-def _find_wanted(item: PlanItem, files: list[Path]) -> list[str]:
-    if item.form not in (Form.TORCH_ZIP, Form.LEGACY, Form.PICKLE, Form.FSD):
+def _find_wanted(error: Exception, path: Path) -> list[str]:
+    is_plain = _is_plain_pickle(path)
+    if path.is_dir() or not (is_plain or isinstance(error, pickle.UnpicklingError)):
         return []
     try:
-        if item.form is Form.PICKLE:
-            return find_unsafe_globals(files[0].read_bytes(), str(files[0]))
-        return get_unsafe_globals_in_checkpoint(files[0])
+        if is_plain:
+            return find_unsafe_globals(path.read_bytes(), str(path))
+        return get_unsafe_globals_in_checkpoint(path)
     except Exception:  # a pickle that cannot even be walked: the first error says what is wrong
         return []
+
+
+def _is_plain_pickle(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return recognise_file(path.name, file) is Form.PICKLE
 
 
 # ---- What is recorded ----

@@ -2,8 +2,8 @@
 
 ``--json`` prints an object of ``items``. With ``--dry-run`` these are the plan: ``name``,
 ``target``, ``form``, ``nbytes``, ``memory``, ``note`` and ``problem``; beside them are ``others``
-and ``others_nbytes``, of files that are left alone, and ``refused``, reasons by name. Otherwise they
-are what became of it: ``name``, ``outcome`` ("done", "skipped" or "failed"), ``reason``,
+and ``others_nbytes``, of files that are left alone, and ``refused``, reasons by name. Otherwise
+the items are what became of it: ``name``, ``outcome`` ("done", "skipped" or "failed"), ``reason``,
 ``wanted`` (globals that need trust), ``note``, ``source_crc32c``, ``target``, ``target_nbytes``,
 ``target_stamp``, ``target_crc32c``, ``seconds``, ``layout``, ``picked``, ``dropped``, ``tensors``
 and ``verified``. For one file it is a `fastsd.convert.Report`, field by field.

@@ -16,13 +16,12 @@ from typing import Any, Literal
 import torch
 
 from fastsd import _core
-from fastsd.api import get_unsafe_globals_in_checkpoint
 from fastsd.convert import Report, convert
 from fastsd.errors import FastsdError
-from fastsd.pickled import find_unsafe_globals
 from fastsd.zoo.plan import PlanItem
 from fastsd.zoo.recognise import Form, recognise_file
 from fastsd.zoo.trees import LocalTree, Piece, RemoteTree, is_remote, iterate_bytes
+from fastsd.zoo.wanted import find_wanted
 
 Status = Literal["done", "skipped", "failed"]
 SCRATCH_NAME = ".fastsd-fetched"
@@ -163,30 +162,20 @@ def _fetch(remote: RemoteTree, piece: Piece, folder: Path) -> Path:
 
 def explain(error: Exception, path: Path, trusted: bool = False) -> tuple[str, tuple[str, ...]]:
     """What went wrong with a source, in one line, and the globals that it wants, if it is that."""
-    wanted = [] if trusted else _find_wanted(error, path)
+    form = _recognise(path)
+    is_pickles = form is Form.PICKLE or isinstance(error, pickle.UnpicklingError)
+    wanted = find_wanted(path, form) if is_pickles and not trusted else []
     if not wanted:
         return describe(error), ()
     more = f" and {len(wanted) - 5} more" if wanted[5:] else ""
     return f"it needs trust, to unpickle {', '.join(wanted[:5])}{more}", tuple(wanted)
 
 
-def _find_wanted(error: Exception, path: Path) -> list[str]:
-    is_plain = _is_plain_pickle(path)
-    if path.is_dir() or not (is_plain or isinstance(error, pickle.UnpicklingError)):
-        return []
-    try:
-        if is_plain:
-            return find_unsafe_globals(path.read_bytes(), str(path))
-        return get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # a pickle that cannot even be walked: the first error says what is wrong
-        return []
-
-
-def _is_plain_pickle(path: Path) -> bool:
+def _recognise(path: Path) -> Form | None:
     if not path.is_file():
-        return False
+        return None
     with path.open("rb") as file:
-        return recognise_file(path.name, file) is Form.PICKLE
+        return recognise_file(path.name, file)
 
 
 # ---- What is recorded ----

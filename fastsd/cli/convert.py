@@ -29,6 +29,7 @@ from fastsd.convert import Report, convert
 from fastsd.zoo import (
     Engine,
     Options,
+    Outcome,
     Plan,
     PoolEngine,
     RayEngine,
@@ -298,10 +299,7 @@ def _print_summary(plan: Plan, summary: Summary, all_: bool) -> None:
     if shown:
         terminal.print_table(
             ("file", "size", "result", "remark"),
-            (
-                [o.name, terminal.format_bytes(sizes[o.name]), o.status, o.reason or o.note]
-                for o in shown
-            ),
+            ([o.name, terminal.format_bytes(sizes[o.name]), o.status, _remark(o)] for o in shown),
             right=("size",),
         )
         terminal.print_lines()
@@ -315,3 +313,12 @@ def _print_summary(plan: Plan, summary: Summary, all_: bool) -> None:
     if wants_trust and not plan.options.trust:
         files = terminal.format_count(wants_trust, "file")
         sys.stderr.write(f"fastsd: {files} would need --trust, which lets them run any code\n")
+
+
+def _remark(outcome: Outcome) -> str:
+    if outcome.reason:
+        return outcome.reason
+    picked = ""
+    if outcome.report is not None and outcome.report.picked is not None:
+        picked = f"{outcome.report.picked!r} of a checkpoint ({outcome.report.layout})"
+    return "; ".join(filter(None, (picked, outcome.note)))

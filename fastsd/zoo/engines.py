@@ -186,6 +186,7 @@ def _explain_end(code: int | None) -> str:
 def _work(connection: Connection) -> None:
     """What a worker runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it stops it
+    os.dup2(2, 1)  # what files print while they are unpickled is no result
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write(_OOM_SCORE)
     while True:
@@ -235,8 +236,8 @@ class RayEngine:
     """Tasks of Ray, on the cluster at ``address``, or on a local one that ends with the run.
 
     Every machine of the cluster needs fastsd, and both directories under the same paths. Ray counts
-    the estimates of memory against that of its machines. There are no advances: an item is done as
-    a whole.
+    the estimates of memory against that of its machines; what is fetched is not limited. There are
+    no advances: an item is done as a whole.
     """
 
     def __init__(self, address: str | None = None, jobs: int | None = None) -> None:

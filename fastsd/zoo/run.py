@@ -68,7 +68,7 @@ def run_plan(plan: Plan, engine: Engine, progress: Progress | None = None) -> Su
         try:
             return _run(plan, engine, manifest, progress)
         finally:
-            shutil.rmtree(Path(plan.out, SCRATCH_NAME), ignore_errors=True)
+            _clean(Path(plan.out))  # of processes that were stopped, too
 
 
 def _check_out(plan: Plan) -> None:
@@ -77,7 +77,7 @@ def _check_out(plan: Plan) -> None:
 
 
 def _clean(out: Path) -> None:
-    """Removes what a run that was killed had begun."""
+    """Removes what conversions that were killed had begun."""
     shutil.rmtree(out / SCRATCH_NAME, ignore_errors=True)
     for folder, _, names in os.walk(out):
         for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -182,13 +183,11 @@ def _recognise(path: Path) -> Form | None:
 
 
 def list_target(path: Path) -> list[Path]:
-    """The files that a conversion has written: the file or, for shards, the index and what lies
-    beside it under the same name."""
-    if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.is_file())
+    """The files that a conversion has written: the file or, for shards, the index and all that it
+    names. Raises OSError, and ValueError or LookupError for what is no index."""
     if path.name.endswith(".index.json"):
-        stem = path.name.split(".")[0]
-        return sorted({path, *path.parent.glob(f"{stem}-*-of-*")})
+        names = json.loads(path.read_bytes())["weight_map"].values()
+        return [path, *(path.parent / name for name in sorted(set(names)))]
     return [path]
 
 

@@ -34,32 +34,34 @@ def open_any(f: Any, mmap: bool | None) -> Iterator[Opened]:
         yield _open_shards(sharded.find_shards(os.fsdecode(f)), mmap)
         return
     with open_source(f) as source:
-        if is_path(f) and source.peek().lstrip().startswith(b"{"):
-            yield _open_shards(sharded.read_index(source.name), mmap)
-            return
-        if legacy.is_for_torch(source.peek()):
-            yield Opened([], source)
-            return
         reader = _open_reader(source, mmap)
-        if reader.section(Section.TORCH_SCRIPT) is not None:
+        if reader is not None and reader.section(Section.TORCH_SCRIPT) is None:
+            yield Opened([reader])
+        elif is_path(f) and _is_json(source.peek()):
+            yield _open_shards(sharded.read_index(source.name), mmap)
+        else:
             yield Opened([], source)
-            return
-        yield Opened([reader])
 
 
 def _open_shards(shards: sharded.Shards, mmap: bool | None) -> Opened:
     def open_shard(path: str) -> _core.Reader:
         with open_source(path) as source:
-            return _open_reader(source, mmap)
+            reader = _open_reader(source, mmap)
+        if reader is None or reader.section(Section.TORCH_SCRIPT) is not None:
+            raise FormatError("a shard in a format that only torch reads", path=path)
+        return reader
 
     return Opened(sharded.open_shards(shards, open_shard))
 
 
-def _open_reader(source: Source, mmap: bool | None) -> _core.Reader:
+def _open_reader(source: Source, mmap: bool | None) -> _core.Reader | None:
+    """None: it is for others to read."""
     try:
         return source.open(mmap)
     except FormatError as error:
         first = source.peek()
+        if legacy.is_for_torch(first) or _is_json(first):
+            return None
         if not first:
             detail = "it is empty: an interrupted copy? Or it stands at its end: seek(0) first?"
             raise EmptyError(detail, path=error.path) from None
@@ -67,6 +69,10 @@ def _open_reader(source: Source, mmap: bool | None) -> _core.Reader:
         if cause:
             raise type(error)(f"{error.detail}; {cause}", path=error.path) from None
         raise
+
+
+def _is_json(first: bytes) -> bool:
+    return first.lstrip().startswith(b"{")
 
 
 # First bytes of what people pass by mistake, and what to do about it.

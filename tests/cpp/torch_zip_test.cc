@@ -108,5 +108,26 @@ TEST(torch_zip_refuses_compressed_records) {
   }
 }
 
+TEST(torch_zip_survives_any_change_of_a_byte_and_any_cut) {
+  const std::string file =
+      ZipBuilder::build({{"a/data.pkl", "p"}, {"a/data/0", "12345"}, {"a/version", "3"}}).bytes;
+  CHECK(is_sound(read_torch_zip(file_of(file))));
+  for (std::size_t bytes = 0; bytes < file.size(); ++bytes) {
+    CHECK(failure_of([&] { return read_torch_zip(file_of(file.substr(0, bytes))); }) ==
+          Failure::kTruncated);
+  }
+  for (std::size_t i = 0; i < file.size(); ++i) {
+    for (int value = 0; value < 256; ++value) {
+      std::string changed = file;
+      changed[i] = static_cast<char>(value);
+      try {
+        CHECK(is_sound(read_torch_zip(file_of(changed))));
+      } catch (const Error& error) {
+        CHECK(*error.what() != '\0' && error.kind != Failure::kSystem);
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace fastsd::test

@@ -59,7 +59,7 @@ class Records {
 void check_stored(const ZipRecord& record) {
   if (!record.is_compressed) return;
   throw Error(Failure::kUnsupported,
-              "zip record `" + std::string(record.name) +
+              "zip record `" + excerpt(record.name) +
                   "` is compressed, which torch.save never does; load the file with torch.load and "
                   "save it again");
 }

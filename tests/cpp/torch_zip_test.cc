@@ -40,7 +40,7 @@ TEST(torch_zip_finds_storages_and_sections) {
   const std::string bytes = ZipBuilder::build(files).bytes;
   const Tables tables = read_torch_zip(file_of(bytes));
   CHECK(tables.file_bytes == bytes.size() && tables.flags == 0);
-  CHECK((tables.sections == Sections{{Section::kPickle, "pickle"}, {Section::kByteOrder, "big"}}));
+  CHECK((tables.sections == Sections{{Section::kPickle, "pickle"}, {kByteOrder, "big"}}));
   if (!CHECK(tables.tensors.size() == 3 && tables.storages.size() == 3)) return;
   const Index index = tables.index();
   const char* names[] = {"10", "2", "\xC3\xA9/x"};
@@ -68,7 +68,7 @@ TEST(torch_zip_may_lack_all_but_the_pickle) {
 TEST(torch_zip_tells_torchscript) {
   const Tables tables =
       read({{"a/data.pkl", "p"}, {"a/constants.pkl", "c"}, {"a/data/0", "d"}, {"a/version", "99"}});
-  CHECK((tables.sections == Sections{{Section::kTorchScript, ""}}));
+  CHECK((tables.sections == Sections{{kTorchScript, ""}}));
   CHECK(tables.tensors.empty());
 }
 

@@ -44,10 +44,11 @@ enum class Section : std::uint32_t {
   kStateMetadata = 7,  // JSON: `_metadata` of a flat state_dict
   kMetadata = 8,       // JSON: the user's own strings
   kPickle = 9,         // torch's data.pkl stream
-  // What files of other formats have beside: numbers that are never written to a file.
-  kByteOrder = 0x10000,    // "little" or "big": of the storages that a pickle refers to
-  kTorchScript = 0x10001,  // empty: a TorchScript archive, which torch.jit reads
 };
+
+// What files of other formats have beside those: numbers that are never written to a file.
+constexpr Section kByteOrder{0x10000};    // "little" or "big": of the storages of a pickle
+constexpr Section kTorchScript{0x10001};  // empty: a TorchScript archive, which torch.jit reads
 
 // Flags of the preamble. The lower half may be ignored by a reader that does not know them; a file
 // with an unknown flag of the upper half is refused.

@@ -59,7 +59,7 @@ class Records {
 void check_stored(const ZipRecord& record) {
   if (!record.is_compressed) return;
   throw Error(Failure::kUnsupported,
-              "zip record `" + std::string(record.name) +
+              "zip record `" + excerpt(record.name) +
                   "` is compressed, which torch.save never does; load the file with torch.load and "
                   "save it again");
 }
@@ -99,7 +99,7 @@ void add_byte_order(const File& file, const Records& records, Tables& tables) {
   std::string order = read_record(file, *record, bytes_max);
   if (order != "little" && order != "big")
     reject("the record byteorder of the torch file says neither little nor big");
-  tables.sections.emplace_back(Section::kByteOrder, std::move(order));
+  tables.sections.emplace_back(kByteOrder, std::move(order));
 }
 
 void add_storage(const ZipRecord& record, std::string_view key, Tables& tables) {
@@ -126,7 +126,7 @@ Tables read_torch_zip(const File& file) {
   Tables tables;
   tables.file_bytes = file.bytes();
   if (records.find("constants.pkl") != nullptr) {
-    tables.sections.emplace_back(Section::kTorchScript, "");
+    tables.sections.emplace_back(kTorchScript, "");
     return tables;
   }
   check_version(file, records);

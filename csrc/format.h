@@ -169,12 +169,12 @@ constexpr std::uint64_t align_up(std::uint64_t value, std::uint64_t alignment) {
 
 // The tables of an archive of another format, with the memory that they lie in: what a reader of
 // that format fills in. Storages ascend in the file and do not overlap, and each view lies within
-// its storage; names are unique. Flags and sections are those of this format.
+// its storage; names are unique. Flags and sections are those of this format; checksums may be of
+// another kind.
 struct Tables {
   std::uint64_t file_bytes = 0;  // of the archive
   std::uint32_t flags = 0;
   std::vector<StorageRecord> storages;
-  std::vector<std::uint32_t> crc32;  // of each storage, as zip files have it; empty: not known
   std::vector<TensorRecord> tensors;
   std::vector<std::int64_t> dims;
   std::string names;

@@ -184,8 +184,8 @@ class Reader(metaclass=_pybind11_type):
         items."""
 
     def storage(self, number: int) -> tuple[int, int, int | None, str, bool]:
-        """(offset in the file, wherever the archive starts; bytes; CRC32C or None; device; whether
-        it has no data)."""
+        """(offset in the file, wherever the archive starts; bytes; checksum or None; device;
+        whether it has no data). The checksum is a CRC32C or, in the format "pth", a CRC-32."""
 
     def load(
         self, is_ordered: bool, bases_only: bool, numbers: Sequence[int] | None = None

@@ -46,8 +46,8 @@ class ZipLayout final : public Layout {
 
   std::string archive_;
   std::uint64_t align_bytes_;
-  std::string head_;                          // the records before the storages
-  std::vector<Entry> entries_;                // of these records
+  std::string head_;                           // the records before the storages
+  std::vector<Entry> entries_;                 // of these records
   std::vector<std::uint64_t> header_offsets_;  // of the storages
 };
 

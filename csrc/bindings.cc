@@ -147,10 +147,11 @@ class TensorPlan {
                                           std::move(own));
   }
 
-  void finish_zip(std::string archive, ZipLayout::Records records, std::uint64_t align_bytes) {
+  void finish_zip(std::string archive, const ZipLayout::Records& records,
+                  std::uint64_t align_bytes) {
     plan_.finish_apart();
-    layout_ = std::make_unique<ZipLayout>(std::move(plan_), std::move(archive), std::move(records),
-                                          align_bytes);
+    layout_ =
+        std::make_unique<ZipLayout>(std::move(plan_), std::move(archive), records, align_bytes);
   }
 
   // The two steps of safetensors: the metadata say which tensors share a storage.

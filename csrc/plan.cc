@@ -117,11 +117,12 @@ void Plan::finish_apart_by_width() {
   for (std::uint32_t i = 0; i < firsts.size(); ++i) {
     if (firsts[i] == i) stored.push_back(i);
   }
-  const auto item_bytes = [&](std::uint32_t i) {
-    return find_dtype(tensors_[i].dtype)->item_bytes;
+  // By number where widths are the same.
+  const auto key = [&](std::uint32_t i) {
+    return std::make_pair(-int{find_dtype(tensors_[i].dtype)->item_bytes}, i);
   };
-  std::stable_sort(stored.begin(), stored.end(),
-                   [&](std::uint32_t a, std::uint32_t b) { return item_bytes(a) > item_bytes(b); });
+  std::sort(stored.begin(), stored.end(),
+            [&](std::uint32_t a, std::uint32_t b) { return key(a) < key(b); });
   add_apart(stored);
   for (std::uint32_t i = 0; i < firsts.size(); ++i)
     tensors_[i].storage = tensors_[firsts[i]].storage;

@@ -86,7 +86,7 @@ void hash(std::uint64_t* state, const void* data, std::size_t bytes) {
 
 }  // namespace
 
-ZipLayout::ZipLayout(Plan&& finished, std::string archive, Records records,
+ZipLayout::ZipLayout(Plan&& finished, std::string archive, const Records& records,
                      std::uint64_t align_bytes)
     : Layout(std::move(finished)), archive_(std::move(archive)), align_bytes_(align_bytes) {
   for (const auto& [name, bytes] : records) append_record(name, bytes, &head_, &entries_, 0);

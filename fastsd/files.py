@@ -243,8 +243,8 @@ def write_stream(
     ``flush``.
 
     Pages of the mappings of ``dropped`` are dropped as soon as they have been written: see
-    `_core.Plan.write`. With ``durable``, which takes a file that has a descriptor, it is on its device when this
-    returns. Raises what the object raises.
+    `_core.Plan.write`. With ``durable``, which takes a file that has a descriptor, it is on its
+    device when this returns. Raises what the object raises.
     """
     descriptor = f.fileno() if durable else -1  # raises before anything is written
     plan.prepare(checksum, dropped)

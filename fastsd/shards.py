@@ -19,15 +19,17 @@ if TYPE_CHECKING:
     from fastsd import _core
 
 
-class _Names(NamedTuple):
-    pattern: str  # of a shard's; of the only file's with nothing in the place of the suffix
-    index: str
+class Names(NamedTuple):
+    """The name of a shard, of the only file with nothing in place of the suffix, and the index."""
+
+    pattern: str
+    index_file: str
 
 
-NAMES: dict[str, _Names] = {
-    "fsd": _Names("model{suffix}.fsd", "model.fsd.index.json"),
-    "pth": _Names("pytorch_model{suffix}.bin", "pytorch_model.bin.index.json"),
-    "safetensors": _Names("model{suffix}.safetensors", "model.safetensors.index.json"),
+NAMES: dict[str, Names] = {
+    "fsd": Names("model{suffix}.fsd", "model.fsd.index.json"),
+    "pth": Names("pytorch_model{suffix}.bin", "pytorch_model.bin.index.json"),
+    "safetensors": Names("model{suffix}.safetensors", "model.safetensors.index.json"),
 }
 
 
@@ -101,7 +103,7 @@ def write_sharded(
         # safetensors' readers look for every name of the index in its file.
         left_out = {names[i] for i, _ in plan.tied} if format == "safetensors" else set()
         weight_map |= {name: file for name in names if name not in left_out}
-    index = os.path.join(directory, NAMES[format].index)
+    index = os.path.join(directory, NAMES[format].index_file)
     only = os.path.join(directory, NAMES[format].pattern.format(suffix=""))
     if len(shards.files) == 1:
         with suppress(FileNotFoundError):
@@ -111,7 +113,7 @@ def write_sharded(
     replace_file(index, json.dumps(content, indent=2).encode() + b"\n", durable=durable)
     with suppress(FileNotFoundError):
         os.unlink(only)
-    return [*shards.files, NAMES[format].index]
+    return [*shards.files, NAMES[format].index_file]
 
 
 def _select(state_dict: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:

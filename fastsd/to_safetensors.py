@@ -138,7 +138,9 @@ def _check_overlaps(names: list[str], overlaps: list[list[int]], lossy: bool) ->
 def _refuse_items(obj: Mapping[Any, Any]) -> None:
     """Raises UnsupportedError for the keys and values that cannot be held, if there are any."""
     problems = [
-        f"\n  {key!r} {problem}" for key, value in obj.items() if (problem := _find_problem(key, value))
+        f"\n  {key!r} {problem}"
+        for key, value in obj.items()
+        if (problem := _find_problem(key, value))
     ]
     if problems:
         raise UnsupportedError(

@@ -318,7 +318,9 @@ def test_a_file_size_limit_for_other_formats(nbytes, durable, format, old):
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
     try:
         with pytest.raises(OSError, match="too large"):
-            fastsd.save({"a": BIG["new"], "b": torch.ones(1000)}, old, durable=durable, format=format)
+            fastsd.save(
+                {"a": BIG["new"], "b": torch.ones(1000)}, old, durable=durable, format=format
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     check_untouched(old)

@@ -38,7 +38,11 @@ CPP_ALLOWED: dict[str, set[str]] = {
         "zip_layout",
         "safetensors_layout",
         "writer",
-        "reader", "json", "nesting", "tensor"},
+        "reader",
+        "json",
+        "nesting",
+        "tensor",
+    },
 }
 # The only parts that may include pybind11.
 CPP_PYBIND11 = {"bindings"}

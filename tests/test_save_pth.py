@@ -116,7 +116,9 @@ def test_the_byte_order_comes_last_where_torch_has_it_there():
 
 def test_different_contents_have_different_ids():
     files = [saved_by(fastsd.save, torch.tensor([i]), io.BytesIO(), format="pth") for i in (1, 2)]
-    ids = [zipfile.ZipFile(io.BytesIO(data)).read("archive/.data/serialization_id") for data in files]
+    ids = [
+        zipfile.ZipFile(io.BytesIO(data)).read("archive/.data/serialization_id") for data in files
+    ]
     assert ids[0] != ids[1]
 
 

@@ -72,7 +72,11 @@ def bits(tensor):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_is_read_by_safetensors(dtype, path):
-    state = {"a": filled((3, 8), dtype), "scalar": filled((), dtype), "empty": filled((0, 2), dtype)}
+    state = {
+        "a": filled((3, 8), dtype),
+        "scalar": filled((), dtype),
+        "empty": filled((0, 2), dtype),
+    }
     fastsd.save(state, path, format="safetensors")
     found = safetensors_torch.load_file(path)
     assert found.keys() == state.keys()
@@ -177,9 +181,7 @@ def test_any_flat_dictionary_is_read_by_safetensors(state, metadata):
 
 def test_equal_views_are_stored_once():
     column = BASE[:, 2]
-    state = {
-        "a": BASE, "b": BASE, "c": BASE[:], "d": column.clone(), "e": torch.nn.Parameter(BASE)
-    }
+    state = {"a": BASE, "b": BASE, "c": BASE[:], "d": column.clone(), "e": torch.nn.Parameter(BASE)}
     state["f"] = state["d"]
     data = save(state)
     assert_holds(data, {"a": state["a"], "d": state["d"]})
@@ -202,7 +204,11 @@ def test_safetensors_loads_tied_models(path):
 
 
 OVERLAPS = {
-    "whole": BASE, "part": BASE[3:5], "columns": BASE[:, 1:3], "other": torch.ones(3), "alike": BASE
+    "whole": BASE,
+    "part": BASE[3:5],
+    "columns": BASE[:, 1:3],
+    "other": torch.ones(3),
+    "alike": BASE,
 }
 
 

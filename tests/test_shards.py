@@ -31,7 +31,7 @@ def make_state():
 
 
 def read_index(folder, format):
-    return json.loads((folder / NAMES[format].index).read_text())
+    return json.loads((folder / NAMES[format].index_file).read_text())
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -40,7 +40,7 @@ def test_files_and_index_hold_everything_once(format, tmp_path):
     files = write_sharded(state, tmp_path, format, 1000)
     index = read_index(tmp_path, format)
     assert sorted(files) == sorted(os.listdir(tmp_path))
-    assert files[-1] == NAMES[format].index
+    assert files[-1] == NAMES[format].index_file
     assert index["metadata"]["total_size"] == sum(
         tensor.nbytes for name, tensor in state.items() if name != "tied"
     )
@@ -99,7 +99,7 @@ def test_what_fits_one_file_has_no_index(format, tmp_path):
     only = NAMES[format].pattern.format(suffix="")
     write_sharded(make_state(), tmp_path, format, 1000)
     assert write_sharded(make_state(), tmp_path, format, 1 << 20) == [only]
-    assert NAMES[format].index not in os.listdir(tmp_path)
+    assert NAMES[format].index_file not in os.listdir(tmp_path)
     write_sharded(make_state(), tmp_path, format, 1000, durable=True)
     assert only not in os.listdir(tmp_path)
     assert write_sharded({}, tmp_path, format, 1000) == [only]
@@ -110,7 +110,7 @@ def test_what_fits_one_file_has_no_index(format, tmp_path):
 def test_the_index_comes_last(format, tmp_path, monkeypatch):
     write_sharded(make_state(), tmp_path, format, 1000)
     before = read_index(tmp_path, format)
-    folder = tmp_path / NAMES[format].index
+    folder = tmp_path / NAMES[format].index_file
 
     def fail(source, target):
         assert target == str(folder)

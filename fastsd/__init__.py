@@ -2,6 +2,7 @@
 
 from fastsd.api import get_unsafe_globals_in_checkpoint, load, load_into, open, save
 from fastsd.archive import Archive, TensorInfo, TensorSlice, Verification
+from fastsd.convert import Report, convert
 from fastsd.errors import (
     ChecksumError,
     EmptyError,
@@ -24,12 +25,14 @@ __all__ = [
     "FormatError",
     "LimitError",
     "NamesError",
+    "Report",
     "TensorInfo",
     "TensorSlice",
     "TruncatedError",
     "UnsupportedError",
     "Verification",
     "VersionError",
+    "convert",
     "get_unsafe_globals_in_checkpoint",
     "load",
     "load_into",

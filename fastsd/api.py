@@ -306,7 +306,9 @@ def open(f: PathOrFile, device: torch.device | str = CPU, *, mmap: bool | None =
     with open_any(f, mmap) as opened:
         readers = opened.readers
         if opened.source is not None:
-            readers = [_rewrite(_load_through_torch(opened.source, CPU, pickled.Unpickling(), None))]
+            readers = [
+                _rewrite(_load_through_torch(opened.source, CPU, pickled.Unpickling(), None))
+            ]
         return Archive(readers, _merge_metadata(readers), device)
 
 

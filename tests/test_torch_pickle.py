@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import pickle
 import re
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
@@ -11,8 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from same import PLAIN_DTYPES, assert_same, filled
 from torch import nn
 
@@ -173,7 +170,15 @@ def test_long_texts_and_many_items():
 
 
 def test_one_object_in_two_places():
-    for value in ([1], {"a": 1}, OrderedDict(a=1), {1, 2}, (1, [2]), bytearray(b"x"), torch.ones(3)):
+    for value in (
+        [1],
+        {"a": 1},
+        OrderedDict(a=1),
+        {1, 2},
+        (1, [2]),
+        bytearray(b"x"),
+        torch.ones(3),
+    ):
         check_plain({"a": [value, (1, value)], "b": {"c": value}, "d": [value]})
     inner = {"w": torch.ones(2)}
     middle = [inner, inner]

@@ -80,7 +80,9 @@ def read_index(path: str) -> Shards:
     if strange is not None:
         raise FormatError(f'the index gives no file name for "{strange}"', path=path)
     directory = Path(path).parent
-    places = {name: _check_within(directory, name, path) for name in dict.fromkeys(tensors.values())}
+    places = {
+        name: _check_within(directory, name, path) for name in dict.fromkeys(tensors.values())
+    }
     return Shards(path, list(places.values()), {n: places[file] for n, file in tensors.items()})
 
 
@@ -109,9 +111,7 @@ def _check_within(directory: Path, name: str, path: str) -> str:
     return str(directory / name)
 
 
-def open_shards(
-    shards: Shards, open_reader: Callable[[str], _core.Reader]
-) -> list[_core.Reader]:
+def open_shards(shards: Shards, open_reader: Callable[[str], _core.Reader]) -> list[_core.Reader]:
     """A reader for each file. Raises FormatError where index and files disagree, and OSError."""
     readers = [_open_one(shards, file, open_reader) for file in shards.files]
     found: dict[str, str] = {}
@@ -146,5 +146,3 @@ def _check_complete(shards: Shards, found: dict[str, str]) -> None:
             f"{shards.tensors[name]}",
             path=shards.path,
         )
-
-

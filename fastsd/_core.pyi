@@ -200,7 +200,8 @@ class Reader(metaclass=_pybind11_type):
         and last. ``bases_only``: leave all to the caller."""
 
     def load_storages(self) -> dict[str, torch.Tensor]:
-        """The storages that a pickle names, by key, as uint8 tensors. Of a stream once, and last."""
+        """The storages that a pickle names, by key, as uint8 tensors. Of a stream once,
+        and last."""
 
     def storage_places(self) -> dict[str, tuple[int, int]]:
         """The same storages' offsets in the file, wherever the archive starts, and their bytes."""

@@ -155,7 +155,8 @@ def convert(
         if dtype is not None:
             caster = Caster(dtype, directory_of(target), opened.readers)
             content = content._replace(obj=caster.cast(content.obj))
-        _write(content, target, format_, own, max_shard_size, opened.readers, lossy)
+        how = _How(format_, own, max_shard_size, lossy, opened.readers)
+        _write(content, target, how)
         verified = _compare(content, target) if verify else None
     nbytes = size_of(path)
     if progress is not None:
@@ -313,32 +314,32 @@ def _find_metadata(readers: list[_core.Reader], format: Format) -> dict[str, str
 # ---- Writing ----
 
 
-def _write(
-    content: _Content,
-    target: str,
-    format: Format,
-    metadata: dict[str, str],
-    max_shard_size: int | None,
-    readers: list[_core.Reader],
-    lossy: bool,
-) -> None:
-    if max_shard_size is not None:
+class _How(NamedTuple):
+    """How to write: arguments of `convert`, and readers of what is written from."""
+
+    format: Format
+    metadata: dict[str, str]
+    max_shard_size: int | None
+    lossy: bool
+    readers: list[_core.Reader]
+
+
+def _write(content: _Content, target: str, how: _How) -> None:
+    metadata, lossy, dropped = how.metadata, how.lossy, how.readers
+    if how.max_shard_size is not None:
         write_sharded(
-            content.obj,
-            target,
-            format,
-            max_shard_size,
+            *(content.obj, target, how.format, how.max_shard_size),
             metadata=metadata,
             lossy=lossy,
-            dropped=readers,
+            dropped=dropped,
         )
         return
     path = encode_path(target)
     if content.carried is not None:
-        plan = plan_pickled(content.carried, format, path, metadata)
+        plan = plan_pickled(content.carried, how.format, path, metadata)
     else:
-        plan = make_plan(content.obj, format, path, metadata, lossy=lossy)
-    write(plan, path, dropped=readers)
+        plan = make_plan(content.obj, how.format, path, metadata, lossy=lossy)
+    write(plan, path, dropped=dropped)
 
 
 def _count_tensors(content: _Content) -> int:

@@ -102,8 +102,8 @@ class Caster:
     """Casts floating point tensors, piece by piece, into nameless files: memory stays bounded.
 
     ``readers`` are those of mapped files that the tensors lie in, which nobody has edited in
-    memory. Tensors over one storage share one again. float8 and narrower types, which go with scales of
-    their own, and integers stay as they are.
+    memory. Tensors over one storage share one again. float8 and narrower types, which go with
+    scales of their own, and integers stay as they are.
     """
 
     def __init__(

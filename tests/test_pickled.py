@@ -21,7 +21,7 @@ from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_g
 import fastsd
 from fastsd import pickled
 from fastsd.names import NameRules
-from fastsd.saving import _plan_pickled
+from fastsd.saving import plan_pickled
 
 Point = namedtuple("Point", ["x", "y"])
 
@@ -633,7 +633,7 @@ def test_streams_that_were_changed_anywhere_are_loaded_or_refused(data, tmp_path
         place = data.draw(st.integers(0, len(stream) - 1))
         stream[place] = data.draw(st.integers(0, 255))
     path = tmp_path_factory.mktemp("changed") / "x.fsd"
-    plan = _plan_pickled(pickled.Pickled(bytes(stream), dict(DATA)), [])
+    plan = plan_pickled(pickled.Pickled(bytes(stream), dict(DATA)), "fsd", None, None)
     plan.write(bytes(path), False, True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

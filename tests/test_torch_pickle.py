@@ -205,7 +205,7 @@ def test_flat_with_irregular_metadata(metadata):
 def test_names_are_those_of_save():
     one = torch.ones(1)
     check_plain({"a.b": {"c": one}, "a": {"b.c": torch.ones(1), "b": {"c": torch.ones(1)}}})
-    check_plain([{1: one, "1": torch.ones(1), True: 2}][:1])
+    check_plain([{1: one, "1": torch.ones(1)}])
     check_plain([{None: one, True: torch.ones(1), "\ud800x": torch.ones(1), "": {"": one}}])
     check_plain([{"ж" * 12_000: one, "ж" * 11_000: torch.ones(1)}])
     check_plain({"x" * 65536: one})

@@ -35,7 +35,7 @@ def encode_metadata(metadata: dict[str, str]) -> bytes:
 
 
 def decode_metadata(reader: _core.Reader) -> dict[str, str]:
-    """The user's strings; empty if there are none. What fastsd itself keeps among them is left out."""
+    """The user's strings; empty if there are none. Not what fastsd itself keeps among them."""
     text = reader.section(Section.METADATA)
     if text is None:
         return {}

@@ -1,7 +1,7 @@
 """Checkpoints in several files, with an index: Hugging Face's convention.
 
-`model.safetensors.index.json` holds {"metadata": {...}, "weight_map": {tensor: file}}; the files lie
-beside it (https://huggingface.co/docs/transformers/big_models#sharded-checkpoints).
+`model.safetensors.index.json` holds {"metadata": {...}, "weight_map": {tensor: file}}; the files
+lie beside it (https://huggingface.co/docs/transformers/big_models#sharded-checkpoints).
 """
 
 from __future__ import annotations

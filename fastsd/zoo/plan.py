@@ -39,7 +39,7 @@ class Options:
     dtype: str | None = None
     drop_optimizer: bool = False
     metadata: dict[str, str] | None = None
-    max_shard_size: int | str | None = None
+    max_shard_size: int | None = None
     lossy: bool = False
     verify: bool = False
     trust: bool = False

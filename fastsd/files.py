@@ -91,7 +91,7 @@ def open_source(f: Any) -> Iterator[Source]:
         yield Source(
             partial(_read_first, path),
             lambda mmap: _core.Reader(path, path, mmap),
-            lambda: open(path, "rb"),  # noqa: SIM115: whoever calls it closes it
+            lambda: open(path, "rb"),  # noqa: SIM115
             path,
         )
         return

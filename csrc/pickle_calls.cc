@@ -127,7 +127,7 @@ Calls::Calls(Graph& graph, const Index& by_key) : graph_(graph), by_key_(by_key)
   while (slots < 2 * by_key.tensors.size()) slots *= 2;
   slots_.resize(slots);
   for (std::uint32_t i = 0; i < by_key.tensors.size(); ++i) {
-    keys_.push_back({by_key.name(by_key.tensors[i]), i, 0, {}});
+    keys_.push_back({by_key.name(by_key.tensors[i]), i, 0, {}, false});
     const std::optional<std::size_t> slot = find_slot(keys_[i].name);
     if (slot) slots_[*slot] = i + 1;
   }
@@ -298,9 +298,10 @@ Value Calls::find_storage(const Value& id) {
   if (key->dtype == 0) {
     key->dtype = type.detail;
     key->location = graph_.text(location);
-    if (!set_device(by_key_.tensors[key->tensor].storage, key->location)) key->location = {};
+    key->is_usable = set_device(by_key_.tensors[key->tensor].storage, key->location);
   }
-  if (key->dtype != type.detail || key->location != graph_.text(location)) return graph_.opaque();
+  if (!key->is_usable || key->dtype != type.detail || key->location != graph_.text(location))
+    return graph_.opaque();
   return {Kind::kStorage, false, type.detail, 0, key->tensor};
 }
 

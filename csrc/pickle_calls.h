@@ -33,8 +33,9 @@ class Calls {
   struct Key {
     std::string_view name;
     std::uint32_t tensor;
-    std::uint16_t dtype;  // of the first id that names it; 0: none yet
-    std::string_view location;
+    std::uint16_t dtype;        // of the first id that names it; 0: none yet
+    std::string_view location;  // likewise
+    bool is_usable;             // on a device that a file can name
   };
 
   Value encode_bytes(const Value* arguments, std::size_t count);

@@ -342,7 +342,8 @@ class Walk {
 
   void write(const Value& value) {
     if (is_plain_ && json_.size() > text_max_) give_up_plain();
-    if (is_over_limit_) return;
+    // No tensor in a key has a name, and what is shared in one is followed each time.
+    if (is_over_limit_ || (is_in_key_ && !is_plain_)) return;
     if (value.kind >= Kind::kTuple && value.kind <= Kind::kByteArray) {
       write_container(value);
     } else if (value.kind == Kind::kTensor) {

@@ -34,7 +34,12 @@ std::size_t find_surrogate(std::string_view text) {
 class Machine {
  public:
   Machine(std::string_view stream, const Index& by_key)
-      : graph_(stream), calls_(graph_, by_key), stream_(stream) {}
+      : graph_(stream), calls_(graph_, by_key), stream_(stream) {
+    // Of what a stream of tensors takes, half: growing twice costs more than reading.
+    graph_.items.reserve(stream.size() / 8);
+    graph_.containers.reserve(stream.size() / 16);
+    memo_.reserve(stream.size() / 16);
+  }
   Machine(const Machine&) = delete;
   Machine& operator=(const Machine&) = delete;
   ~Machine() = default;
@@ -47,8 +52,9 @@ class Machine {
         graph_.root = stack_[0];
         return std::move(graph_);
       }
-      if (!push_number(op) && !push_text(op) && !push_container(op) && !use_memo(op) &&
-          !fill_container(op) && !make_object(op)) {
+      // The most frequent first.
+      if (!use_memo(op) && !push_number(op) && !push_container(op) && !push_text(op) &&
+          !make_object(op) && !fill_container(op)) {
         use_frame(op);
       }
     }
@@ -116,6 +122,9 @@ class Machine {
 
   bool push_container(unsigned char op) {
     switch (op) {
+      case '(':
+        marks_.push_back(stack_.size());
+        return true;
       case ')':
         return push_new(Kind::kTuple, stack_.size());
       case ']':
@@ -215,9 +224,6 @@ class Machine {
         break;
       case 0x95:  // FRAME
         read_bytes(8);
-        break;
-      case '(':
-        marks_.push_back(stack_.size());
         break;
       case '0':  // POP
         pop();

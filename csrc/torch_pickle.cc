@@ -179,6 +179,7 @@ class Walk {
       return number;
     };
     std::vector<std::uint16_t> numbers;
+    numbers.reserve(graph_.devices.size());
     for (const std::string& name : graph_.devices) numbers.push_back(device_number(name));
     std::uint64_t end = 0;
     for (std::size_t i = 0; i < tables_.storages.size(); ++i) {
@@ -194,7 +195,7 @@ class Walk {
 
   // Adds a tensor under a name that no other has.
   std::uint32_t add_record(TensorView& view, std::string_view name) {
-    std::array<std::int64_t, 2 * kRankMax> dims{};
+    std::array<std::int64_t, std::size_t{2} * kRankMax> dims{};
     const Value* shape = graph_.begin(graph_.containers[view.shape]);
     const Value* stride = graph_.begin(graph_.containers[view.stride]);
     for (std::uint32_t d = 0; d < view.rank; ++d) {

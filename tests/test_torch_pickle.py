@@ -53,14 +53,17 @@ class File(NamedTuple):
     def load(self, **options: Any) -> Any:
         return torch.load(io.BytesIO(self.whole), **options)
 
-    def load_stream(self) -> Any:
-        """What torch makes of another stream over the same storages."""
+    def load_stream(self) -> tuple[Any, str]:
+        """What torch makes of another stream over the same storages, or why it refuses to."""
         copy = io.BytesIO()
         with zipfile.ZipFile(io.BytesIO(self.whole)) as old, zipfile.ZipFile(copy, "w") as new:
             for entry in old.infolist():
                 is_stream = entry.filename.endswith("/data.pkl")
                 new.writestr(entry.filename, self.stream if is_stream else old.read(entry))
-        return torch.load(io.BytesIO(copy.getvalue()), weights_only=True)
+        try:
+            return torch.load(io.BytesIO(copy.getvalue()), weights_only=True), ""
+        except (RuntimeError, pickle.UnpicklingError) as error:
+            return None, str(error)
 
 
 def walk(stream, sizes=()):
@@ -217,7 +220,7 @@ def test_flat_with_irregular_metadata(metadata):
 def test_names_are_those_of_save():
     one = torch.ones(1)
     check_plain({"a.b": {"c": one}, "a": {"b.c": torch.ones(1), "b": {"c": torch.ones(1)}}})
-    check_plain([{1: one, "1": torch.ones(1), True: 2}][:1])
+    check_plain([{1: one, "1": torch.ones(1)}])
     check_plain([{None: one, True: torch.ones(1), "\ud800x": torch.ones(1), "": {"": one}}])
     check_plain([{"ж" * 12_000: one, "ж" * 11_000: torch.ones(1)}])
     check_plain({"x" * 65536: one})
@@ -429,10 +432,9 @@ def test_damaged_streams_are_what_torch_makes_of_them(data):
     walked = damaged.walk()
     if not walked.is_plain:
         return
-    try:
-        loaded = damaged.load_stream()
-    except (RuntimeError, pickle.UnpicklingError) as error:
+    loaded, problem = damaged.load_stream()
+    if problem:
         # Of other protocols, or for a device that this machine has not.
-        assert re.search("Unsupported operand|device|restore data location", str(error))
+        assert re.search("Unsupported operand|device|restore data location", problem)
     else:
         assert_same(restore(file, walked), loaded)

@@ -37,8 +37,8 @@ std::string ints(const Dims& values) {
   return all + "t";
 }
 
-const std::string kProtocol = "\x80\x02";
-const std::string kOrderedDict = "ccollections\nOrderedDict\n)R";
+std::string protocol() { return "\x80\x02"; }
+std::string ordered_dict() { return "ccollections\nOrderedDict\n)R"; }
 
 std::string storage(const std::string& key, std::int32_t numel,
                     const std::string& type = "torch\nFloatStorage",
@@ -55,11 +55,11 @@ struct View {
 
 std::string tensor(const std::string& own_storage, const View& view) {
   return "ctorch._utils\n_rebuild_tensor_v2\n(" + own_storage + integer(view.offset) +
-         ints(view.shape) + ints(view.stride) + "\x89" + kOrderedDict + "tR";
+         ints(view.shape) + ints(view.stride) + "\x89" + ordered_dict() + "tR";
 }
 
 // A dictionary of one tensor.
-std::string of_one(const std::string& value) { return kProtocol + "}" + text("a") + value + "s."; }
+std::string of_one(const std::string& value) { return protocol() + "}" + text("a") + value + "s."; }
 
 // ---- Storages ----
 
@@ -122,7 +122,7 @@ std::string tree(const std::string& stream) {
 }
 
 bool is_nothing(const PickledObject& object) {
-  return !object.is_plain && object.tables.tensors.size() == 0;
+  return !object.is_plain && object.tables.tensors.empty();
 }
 
 // ---- Tests ----
@@ -177,7 +177,7 @@ TEST(storages_that_are_not_what_is_claimed) {
 
 TEST(one_key_has_one_type_and_one_device) {
   const auto two = [](const std::string& first, const std::string& second) {
-    return read(kProtocol + "}(" + text("a") + tensor(first, {}) + text("b") + tensor(second, {}) +
+    return read(protocol() + "}(" + text("a") + tensor(first, {}) + text("b") + tensor(second, {}) +
                 "u.");
   };
   const PickledObject same = two(storage("0", 10, "torch\nFloatStorage", "cuda:1"),
@@ -200,7 +200,7 @@ TEST(keys_within_one_storage) {
 }
 
 TEST(a_tensor_named_twice_is_one_object) {
-  const PickledObject object = read(kProtocol + "](" + tensor(storage("0", 10), {}) + "q\x01" +
+  const PickledObject object = read(protocol() + "](" + tensor(storage("0", 10), {}) + "q\x01" +
                                     "h\x01" + tensor(storage("0", 10), {}) + "e.");
   CHECK(object.is_plain);
   CHECK(object.tables.names == "012");
@@ -210,18 +210,18 @@ TEST(a_tensor_named_twice_is_one_object) {
 }
 
 TEST(a_key_set_twice) {
-  CHECK(tree(kProtocol + "}(" + text("a") + "K\x01" + text("b") + "K\x02" + text("a") +
+  CHECK(tree(protocol() + "}(" + text("a") + "K\x01" + text("b") + "K\x02" + text("a") +
              "K\x03u.") == "{\"a\":3,\"b\":2}");
-  CHECK(tree(kProtocol + "}(K\x05K\x01K\x05K\x02u.") == "{\"$dict\":[[5,2]]}");
-  CHECK(!is_plain(kProtocol + "}(K\x01K\x01\x88K\x02u."));  // 1 and True
-  CHECK(!is_plain(kProtocol + "}(K\x01K\x01G\x3F\xF0" + repeat({'\0'}, 6) + "K\x02u."));  // 1.0
-  CHECK(!is_plain(kProtocol + "}(K\x01\x85K\x01\x88\x85K\x02u."));  // (1,) and (True,)
+  CHECK(tree(protocol() + "}(K\x05K\x01K\x05K\x02u.") == "{\"$dict\":[[5,2]]}");
+  CHECK(!is_plain(protocol() + "}(K\x01K\x01\x88K\x02u."));  // 1 and True
+  CHECK(!is_plain(protocol() + "}(K\x01K\x01G\x3F\xF0" + repeat({'\0'}, 6) + "K\x02u."));  // 1.0
+  CHECK(!is_plain(protocol() + "}(K\x01\x85K\x01\x88\x85K\x02u."));  // (1,) and (True,)
 }
 
 TEST(keys_that_have_no_hash) {
   for (const char* key : {"]", "}", "]\x85", "\x8F"})
-    CHECK(!is_plain(kProtocol + "}" + key + "K\x01s."));
-  CHECK(!is_plain(kProtocol + "}" + tensor(storage("0", 10), {}) + "K\x01s."));
+    CHECK(!is_plain(protocol() + "}" + key + "K\x01s."));
+  CHECK(!is_plain(protocol() + "}" + tensor(storage("0", 10), {}) + "K\x01s."));
 }
 
 TEST(what_changes_after_it_was_used) {
@@ -229,16 +229,16 @@ TEST(what_changes_after_it_was_used) {
       "cbuiltins\nset\n]q\x01"
       "K\x01"
       "a\x85R";
-  CHECK(tree(kProtocol + set + ".") == "{\"$set\":[1]}");
-  CHECK(!is_plain(kProtocol + "](" + set + "h\x01K\x02" + "ae."));
-  const std::string state = kOrderedDict + "}q\x01" + text("x") + "K\x01sb";
-  CHECK(is_plain(kProtocol + state + "."));
-  CHECK(!is_plain(kProtocol + "](" + state + "h\x01" + text("y") + "K\x01se."));
+  CHECK(tree(protocol() + set + ".") == "{\"$set\":[1]}");
+  CHECK(!is_plain(protocol() + "](" + set + "h\x01K\x02" + "ae."));
+  const std::string state = ordered_dict() + "}q\x01" + text("x") + "K\x01sb";
+  CHECK(is_plain(protocol() + state + "."));
+  CHECK(!is_plain(protocol() + "](" + state + "h\x01" + text("y") + "K\x01se."));
 }
 
 TEST(attributes_that_a_class_has) {
   for (const char* name : {"keys", "__dict__", "__class__"})
-    CHECK(!is_plain(kProtocol + kOrderedDict + "}" + text(name) + "K\x01sb."));
+    CHECK(!is_plain(protocol() + ordered_dict() + "}" + text(name) + "K\x01sb."));
 }
 
 TEST(malformed_streams) {
@@ -277,24 +277,24 @@ TEST(malformed_streams) {
                              "(1",
                              "0.",
                              "\x94."}) {
-    CHECK(is_nothing(read(kProtocol + stream)));
+    CHECK(is_nothing(read(protocol() + stream)));
   }
 }
 
 // As Python decodes with "surrogatepass".
 TEST(texts_that_are_not_utf8) {
-  CHECK(tree(kProtocol + text("\xED\xA0\x80") + ".") == "{\"$str\":\"7aCA\"}");
+  CHECK(tree(protocol() + text("\xED\xA0\x80") + ".") == "{\"$str\":\"7aCA\"}");
   for (const char* bad : {"\xC0\x80", "\xED\xA0", "\xED\xA0\x80\xA0", "\xF4\x90\x80\x80", "\x80"})
-    CHECK(is_nothing(read(kProtocol + text(bad) + ".")));
+    CHECK(is_nothing(read(protocol() + text(bad) + ".")));
 }
 
 std::string sample() {
-  return kProtocol + "}(" + text("w") + tensor(storage("0", 10), {1, {2, 3}, {3, 1}}) + "q\x09" +
+  return protocol() + "}(" + text("w") + tensor(storage("0", 10), {1, {2, 3}, {3, 1}}) + "q\x09" +
          text("list") + "](K\x01G" + repeat("\x3F", 8) + "N\x88\x8A\x09" + repeat("\x7F", 9) +
          "]q\x01h\x01h\x09" + "e" + text("bytes") + "c_codecs\nencode\n" + text("a\xC3\xBF") +
          text("latin1") + "\x86R" + text("set") + "c__builtin__\nset\n](K\x01K\x02" + "e\x85R" +
-         text("state") + kOrderedDict + text("x") + "K\x01s}" + text("_metadata") + kOrderedDict +
-         "sbu.";
+         text("state") + ordered_dict() + text("x") + "K\x01s}" + text("_metadata") +
+         ordered_dict() + "sbu.";
 }
 
 TEST(a_sample_is_plain) {
@@ -331,7 +331,7 @@ TEST(random_opcodes) {
       "12\x8F\x90\x91\x81\x94";
   Random random(60);
   for (int i = 0; i < 20'000; ++i) {
-    std::string stream = kProtocol;
+    std::string stream = protocol();
     for (std::uint64_t left = random.below(60); left > 0; --left)
       stream += random.below(4) == 0 ? char(random.below(6)) : known[random.below(known.size())];
     read(stream + ".");
@@ -341,12 +341,12 @@ TEST(random_opcodes) {
 // ---- Time and memory in proportion ----
 
 TEST(depth_is_bounded) {
-  CHECK(is_plain(kProtocol + repeat("]", 250) + repeat("a", 249) + "."));
-  CHECK(!is_plain(kProtocol + repeat("]", 251) + repeat("a", 250) + "."));
-  CHECK(!is_plain(kProtocol + repeat("]", 1'000'000) + repeat("a", 999'999) + "."));
-  CHECK(!is_plain(kProtocol + "N" + repeat("\x85", 1'000'000) + "."));
-  CHECK(!is_plain(kProtocol + "}N" + repeat("\x85", 1'000'000) + "Ns."));
-  CHECK(is_nothing(read(kProtocol + repeat("(", 1'000'000) + ".")));
+  CHECK(is_plain(protocol() + repeat("]", 250) + repeat("a", 249) + "."));
+  CHECK(!is_plain(protocol() + repeat("]", 251) + repeat("a", 250) + "."));
+  CHECK(!is_plain(protocol() + repeat("]", 1'000'000) + repeat("a", 999'999) + "."));
+  CHECK(!is_plain(protocol() + "N" + repeat("\x85", 1'000'000) + "."));
+  CHECK(!is_plain(protocol() + "}N" + repeat("\x85", 1'000'000) + "Ns."));
+  CHECK(is_nothing(read(protocol() + repeat("(", 1'000'000) + ".")));
 }
 
 // Each tuple holds the one before twice.
@@ -355,25 +355,25 @@ std::string doubling(std::size_t levels) {
 }
 
 TEST(shared_values_are_visited_once) {
-  CHECK(is_plain(kProtocol + doubling(200) + "."));
-  CHECK(!is_plain(kProtocol + "}" + doubling(200) + "Ns."));
-  CHECK(!is_plain(kProtocol + "}(" + doubling(200) + "NNNu."));
-  CHECK(!is_plain(kProtocol + "cbuiltins\nset\n](" + doubling(200) + "Ne\x85R."));
-  CHECK(is_plain(kProtocol + "}" + doubling(10) + "Ns."));
+  CHECK(is_plain(protocol() + doubling(200) + "."));
+  CHECK(!is_plain(protocol() + "}" + doubling(200) + "Ns."));
+  CHECK(!is_plain(protocol() + "}(" + doubling(200) + "NNNu."));
+  CHECK(!is_plain(protocol() + "cbuiltins\nset\n](" + doubling(200) + "Ne\x85R."));
+  CHECK(is_plain(protocol() + "}" + doubling(10) + "Ns."));
 }
 
 TEST(what_is_shared_is_not_written_without_end) {
   const std::string long_text = std::string("(") + text(std::string(100'000, 'x')) + "q\x01";
-  CHECK(!is_plain(kProtocol + "]" + long_text + repeat("h\x01", 100'000) + "e."));
+  CHECK(!is_plain(protocol() + "]" + long_text + repeat("h\x01", 100'000) + "e."));
   // Names and the dims of tensors likewise.
   const std::string one = tensor(storage("0", 10), {0, Dims(64, 1), Dims(64, 1)}) + "q\x02";
-  CHECK(is_nothing(read(kProtocol + "](" + one + repeat("h\x02", 100'000) + "e.")));
-  CHECK(!is_plain(kProtocol + "](" + tensor(storage("0", 10), {}) + "q\x02" +
+  CHECK(is_nothing(read(protocol() + "](" + one + repeat("h\x02", 100'000) + "e.")));
+  CHECK(!is_plain(protocol() + "](" + tensor(storage("0", 10), {}) + "q\x02" +
                   text(std::string(100'000, 'x')) + "q\x01" + repeat("}h\x01h\x02s", 100'000) +
                   "e."));
   // A list that many sets are made of, and a state that many have.
   const std::string list = "](" + repeat("N", 100'000) + "e\x85q\x01";
-  CHECK(!is_plain(kProtocol + list + repeat("cbuiltins\nset\nh\x01R", 1000) + "(t" +
+  CHECK(!is_plain(protocol() + list + repeat("cbuiltins\nset\nh\x01R", 1000) + "(t" +
                   repeat("0", 1000) + "."));
 }
 

@@ -38,6 +38,7 @@ class Calls {
     bool is_usable;             // on a device that a file can name
   };
 
+  bool may_read(std::uint64_t bytes);
   Value encode_bytes(const Value* arguments, std::size_t count);
   Value make_bytearray(const Value* arguments, std::size_t count);
   Value make_set(const Value* arguments, std::size_t count);
@@ -65,6 +66,7 @@ class Calls {
 
   Graph& graph_;
   Index by_key_;
+  std::uint64_t bytes_left_;          // of texts, each counted as often as it is used
   std::vector<Key> keys_;             // by tensor
   std::vector<std::uint32_t> slots_;  // 1 + a number of keys_; 0: free
 };

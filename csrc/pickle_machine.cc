@@ -184,12 +184,15 @@ class Machine {
     switch (op) {
       case 'c': {  // GLOBAL
         const std::string_view module = read_line();
-        return push_global(module, read_line());
+        const std::string_view name = read_line();
+        has_failed_ |= !is_utf8(module) || !is_utf8(name);
+        return push_global(module, name);
       }
       case 0x93: {  // STACK_GLOBAL
         const Value name = pop();
         const Value module = pop();
-        has_failed_ |= module.kind != Kind::kStr || name.kind != Kind::kStr;
+        has_failed_ |= module.kind != Kind::kStr || name.kind != Kind::kStr ||
+                       module.has_surrogates || name.has_surrogates;
         return has_failed_ || push_global(graph_.text(module), graph_.text(name));
       }
       case 'R': {
@@ -306,7 +309,6 @@ class Machine {
   }
 
   bool push_global(std::string_view module, std::string_view name) {
-    has_failed_ |= !is_utf8(module) || !is_utf8(name);
     return push(has_failed_ ? Value{} : calls_.find_global(module, name));
   }
 

@@ -542,6 +542,7 @@ class Walk {
         write_set(container, value.kind == Kind::kSet ? "{\"$set\":[" : "{\"$frozenset\":[");
         break;
       default:
+        if (!is_plain_) break;
         write_base64("$bytearray",
                      container.count == 0 ? std::string() : bytes_of(*graph_.begin(container)));
     }
@@ -722,6 +723,8 @@ class Walk {
     const auto kept_text = [&](std::uint32_t i) { return key_text(kept_[i]); };
     for (std::uint32_t i = 0; i < count; ++i) {
       const auto next = static_cast<std::uint32_t>(kept_.size());
+      if (is_text) spend(key_text(i).size());
+      if (is_over_limit_) break;
       const std::optional<std::uint32_t> found = keys_.find_or_add(next, key_text(i), kept_text);
       is_over_limit_ |= !found;
       if (!found || *found == next) {

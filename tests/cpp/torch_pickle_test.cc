@@ -377,5 +377,19 @@ TEST(what_is_shared_is_not_written_without_end) {
                   repeat("0", 1000) + "."));
 }
 
+// Each would read, or keep, a text of a megabyte for every few bytes.
+TEST(long_texts_are_not_used_without_end) {
+  const std::string long_text = text(std::string(1'000'000, 'x')) + "q\x01" + "0";
+  const auto with = [&](const std::string& used) {
+    return protocol() + long_text + "](" + repeat(used, 100'000) + "e.";
+  };
+  CHECK(!is_plain(with("h\x01h\x01\x93")));
+  CHECK(!is_plain(with("c_codecs\nencode\nh\x01" + text("latin1") + "\x86R")));
+  CHECK(!is_plain(
+      with("(" + text("storage") + "ctorch\nFloatStorage\nh\x01" + text("cpu") + "K\x0AtQ")));
+  CHECK(!is_plain(with("cx\ny\n}(h\x01NNNu")));
+  CHECK(!is_plain(with("cbuiltins\nbytearray\nh\x01" + text("latin1") + "\x86R")));
+}
+
 }  // namespace
 }  // namespace fastsd::test

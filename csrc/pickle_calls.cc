@@ -82,6 +82,8 @@ constexpr std::string_view kDeviceTypes[] = {"cpu", "cuda", "meta", "mps", "xpu"
                                              "xla", "mtia", "hip",  "ipu", "vulkan"};
 constexpr std::uint64_t kDeviceIndexMax = 127;
 constexpr std::string_view kMeta = "meta";
+// A long text may be used many times: so many times the stream is read.
+constexpr std::uint64_t kReadsMax = 16;
 constexpr std::size_t kProbesMax = 64;    // of names that were not made to collide there are few
 constexpr std::size_t kDevicesMax = 256;  // of the storages of one file: they are looked up in turn
 
@@ -121,13 +123,14 @@ bool is_number(const Value& value) {
 
 }  // namespace
 
-Calls::Calls(Graph& graph, const Index& by_key) : graph_(graph), by_key_(by_key) {
+Calls::Calls(Graph& graph, const Index& by_key)
+    : graph_(graph), by_key_(by_key), bytes_left_(kReadsMax * graph.stream.size()) {
   graph_.storage_devices.assign(by_key.storages.size(), UINT16_MAX);
   std::size_t slots = 16;
   while (slots < 2 * by_key.tensors.size()) slots *= 2;
   slots_.resize(slots);
   for (std::uint32_t i = 0; i < by_key.tensors.size(); ++i) {
-    keys_.push_back({by_key.name(by_key.tensors[i]), i, 0, {}});
+    keys_.push_back({by_key.name(by_key.tensors[i]), i, 0, {}, false});
     const std::optional<std::size_t> slot = find_slot(keys_[i].name);
     if (slot) slots_[*slot] = i + 1;
   }
@@ -147,6 +150,12 @@ Calls::Key* Calls::find_key(std::string_view name) {
   return !slot || slots_[*slot] == 0 ? nullptr : &keys_[slots_[*slot] - 1];
 }
 
+bool Calls::may_read(std::uint64_t bytes) {
+  if (bytes > bytes_left_) return false;
+  bytes_left_ -= bytes;
+  return true;
+}
+
 // ---- Names ----
 
 Value Calls::find_global(std::string_view module, std::string_view name) {
@@ -155,6 +164,7 @@ Value Calls::find_global(std::string_view module, std::string_view name) {
     return Value{kind, false, detail, static_cast<std::uint32_t>(name.size()),
                  static_cast<std::uint64_t>(name.data() - graph_.stream.data())};
   };
+  if (!may_read(module.size() + name.size())) return graph_.opaque();
   if (module == "__builtin__") module = "builtins";  // as Python 2, and protocol 2, have it
   if (module == "torch.storage" && name == "UntypedStorage")
     return place(Kind::kStorageClass, static_cast<std::uint16_t>(DType::kUInt8));
@@ -220,7 +230,7 @@ Value Calls::call(const Value& function, const Value& arguments) {
 // How protocol 2 writes bytes: as a text of as many characters.
 Value Calls::encode_bytes(const Value* arguments, std::size_t count) {
   const bool is_known = count == 2 && arguments[0].kind == Kind::kStr &&
-                        is_latin1(graph_.text(arguments[0])) &&
+                        may_read(arguments[0].bytes) && is_latin1(graph_.text(arguments[0])) &&
                         (is_text(arguments[1], "latin1") || is_text(arguments[1], "latin-1"));
   if (!is_known) return graph_.opaque();
   return {Kind::kLatin1, false, 0, arguments[0].bytes, arguments[0].number};
@@ -292,15 +302,16 @@ Value Calls::find_storage(const Value& id) {
   const Value& location = parts[3];
   const bool is_known = is_text(parts[0], "storage") && type.kind == Kind::kStorageClass &&
                         is_plain_text(parts[2]) && is_plain_text(location) && is_number(parts[4]);
-  Key* key = is_known ? find_key(graph_.text(parts[2])) : nullptr;
+  Key* key = is_known && may_read(parts[2].bytes) ? find_key(graph_.text(parts[2])) : nullptr;
   if (key == nullptr || !holds(*key, type.detail, parts[4].number)) return graph_.opaque();
   // The first id decides what torch makes of the others.
   if (key->dtype == 0) {
     key->dtype = type.detail;
     key->location = graph_.text(location);
-    if (!set_device(by_key_.tensors[key->tensor].storage, key->location)) key->location = {};
+    key->is_usable = set_device(by_key_.tensors[key->tensor].storage, key->location);
   }
-  if (key->dtype != type.detail || key->location != graph_.text(location)) return graph_.opaque();
+  if (!key->is_usable || key->dtype != type.detail || key->location != graph_.text(location))
+    return graph_.opaque();
   return {Kind::kStorage, false, type.detail, 0, key->tensor};
 }
 

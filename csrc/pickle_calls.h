@@ -33,10 +33,12 @@ class Calls {
   struct Key {
     std::string_view name;
     std::uint32_t tensor;
-    std::uint16_t dtype;  // of the first id that names it; 0: none yet
-    std::string_view location;
+    std::uint16_t dtype;        // of the first id that names it; 0: none yet
+    std::string_view location;  // likewise
+    bool is_usable;             // on a device that a file can name
   };
 
+  bool may_read(std::uint64_t bytes);
   Value encode_bytes(const Value* arguments, std::size_t count);
   Value make_bytearray(const Value* arguments, std::size_t count);
   Value make_set(const Value* arguments, std::size_t count);
@@ -64,6 +66,7 @@ class Calls {
 
   Graph& graph_;
   Index by_key_;
+  std::uint64_t bytes_left_;          // of texts, each counted as often as it is used
   std::vector<Key> keys_;             // by tensor
   std::vector<std::uint32_t> slots_;  // 1 + a number of keys_; 0: free
 };

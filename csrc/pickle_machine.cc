@@ -34,7 +34,12 @@ std::size_t find_surrogate(std::string_view text) {
 class Machine {
  public:
   Machine(std::string_view stream, const Index& by_key)
-      : graph_(stream), calls_(graph_, by_key), stream_(stream) {}
+      : graph_(stream), calls_(graph_, by_key), stream_(stream) {
+    // Of what a stream of tensors takes, half: growing twice costs more than reading.
+    graph_.items.reserve(stream.size() / 8);
+    graph_.containers.reserve(stream.size() / 16);
+    memo_.reserve(stream.size() / 16);
+  }
   Machine(const Machine&) = delete;
   Machine& operator=(const Machine&) = delete;
   ~Machine() = default;
@@ -47,8 +52,9 @@ class Machine {
         graph_.root = stack_[0];
         return std::move(graph_);
       }
-      if (!push_number(op) && !push_text(op) && !push_container(op) && !use_memo(op) &&
-          !fill_container(op) && !make_object(op)) {
+      // The most frequent first.
+      if (!use_memo(op) && !push_number(op) && !push_container(op) && !push_text(op) &&
+          !make_object(op) && !fill_container(op)) {
         use_frame(op);
       }
     }
@@ -116,6 +122,9 @@ class Machine {
 
   bool push_container(unsigned char op) {
     switch (op) {
+      case '(':
+        marks_.push_back(stack_.size());
+        return true;
       case ')':
         return push_new(Kind::kTuple, stack_.size());
       case ']':
@@ -175,12 +184,15 @@ class Machine {
     switch (op) {
       case 'c': {  // GLOBAL
         const std::string_view module = read_line();
-        return push_global(module, read_line());
+        const std::string_view name = read_line();
+        has_failed_ |= !is_utf8(module) || !is_utf8(name);
+        return push_global(module, name);
       }
       case 0x93: {  // STACK_GLOBAL
         const Value name = pop();
         const Value module = pop();
-        has_failed_ |= module.kind != Kind::kStr || name.kind != Kind::kStr;
+        has_failed_ |= module.kind != Kind::kStr || name.kind != Kind::kStr ||
+                       module.has_surrogates || name.has_surrogates;
         return has_failed_ || push_global(graph_.text(module), graph_.text(name));
       }
       case 'R': {
@@ -215,9 +227,6 @@ class Machine {
         break;
       case 0x95:  // FRAME
         read_bytes(8);
-        break;
-      case '(':
-        marks_.push_back(stack_.size());
         break;
       case '0':  // POP
         pop();
@@ -300,7 +309,6 @@ class Machine {
   }
 
   bool push_global(std::string_view module, std::string_view name) {
-    has_failed_ |= !is_utf8(module) || !is_utf8(name);
     return push(has_failed_ ? Value{} : calls_.find_global(module, name));
   }
 

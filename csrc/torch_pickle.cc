@@ -179,6 +179,7 @@ class Walk {
       return number;
     };
     std::vector<std::uint16_t> numbers;
+    numbers.reserve(graph_.devices.size());
     for (const std::string& name : graph_.devices) numbers.push_back(device_number(name));
     std::uint64_t end = 0;
     for (std::size_t i = 0; i < tables_.storages.size(); ++i) {
@@ -194,7 +195,7 @@ class Walk {
 
   // Adds a tensor under a name that no other has.
   std::uint32_t add_record(TensorView& view, std::string_view name) {
-    std::array<std::int64_t, 2 * kRankMax> dims{};
+    std::array<std::int64_t, std::size_t{2} * kRankMax> dims{};
     const Value* shape = graph_.begin(graph_.containers[view.shape]);
     const Value* stride = graph_.begin(graph_.containers[view.stride]);
     for (std::uint32_t d = 0; d < view.rank; ++d) {
@@ -343,7 +344,8 @@ class Walk {
 
   void write(const Value& value) {
     if (has_text_ && json_.size() > text_max_) give_up_text();
-    if (is_over_limit_) return;
+    // No tensor in a key has a name, and what is shared in one is followed each time.
+    if (is_over_limit_ || (is_in_key_ && !has_text_)) return;
     if (value.kind >= Kind::kTuple && value.kind <= Kind::kByteArray) {
       write_container(value);
     } else if (value.kind == Kind::kTensor) {
@@ -548,6 +550,7 @@ class Walk {
         write_set(container, value.kind == Kind::kSet ? "{\"$set\":[" : "{\"$frozenset\":[");
         break;
       default:
+        if (!has_text_) break;
         write_base64("$bytearray",
                      container.count == 0 ? std::string() : bytes_of(*graph_.begin(container)));
     }
@@ -728,6 +731,8 @@ class Walk {
     const auto kept_text = [&](std::uint32_t i) { return key_text(kept_[i]); };
     for (std::uint32_t i = 0; i < count; ++i) {
       const auto next = static_cast<std::uint32_t>(kept_.size());
+      if (is_text) spend(key_text(i).size());
+      if (is_over_limit_) break;
       const std::optional<std::uint32_t> found = keys_.find_or_add(next, key_text(i), kept_text);
       is_over_limit_ |= !found;
       if (!found || *found == next) {

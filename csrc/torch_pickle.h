@@ -14,12 +14,14 @@ struct PickledObject {
   // The tensors that dictionaries, lists, tuples and attributes of OrderedDicts lead to, by name,
   // over the storages given, which have their devices. Storages of meta tensors follow those given.
   // With `is_plain` also the section kTree or, for a flat dictionary, kStateMetadata or none, and
-  // the flag kFileRootIsOrderedDict; names are then those that save() would give them. Without it,
-  // if there is a section kTree, its nodes `{"$opaque": null}` stand for what is not plain, and all
-  // else is as it was. `file_bytes` is left to the caller.
+  // the flag kFileRootIsOrderedDict; names are then those that save() would give them, but for keys
+  // other than str, int, bool and None, which are as in JSON. Without it, if there is a section
+  // kTree, its nodes `{"$opaque": null}` stand for what is not plain, and all else is as it was.
+  // `file_bytes` is left to the caller.
   Tables tables;
-  // Whether the object is what a tree can hold: loading `tables` gives what torch.load gives, and
-  // the stream asks for nothing that its restricted unpickler refuses.
+  // Whether the object is what a tree can hold: loading `tables` gives what torch.load gives. The
+  // stream then refers to nothing that torch's restricted unpickler refuses; but that one knows
+  // no opcodes of protocols above 2.
   bool is_plain = false;
   // "module.name" of what the stream refers to that is not known to make plain values: sorted, each
   // once.

@@ -116,7 +116,13 @@ ZipLayout::Entry ZipLayout::entry(std::size_t storage) const {
   const Index index = plan().index();
   std::string name = archive_ + '/';
   name += index.name(index.tensors[storage]);
-  return {std::move(name), header_offsets_[storage], stored_bytes(record), record.crc32c};
+  return {std::move(name), header_offsets_[storage], stored_bytes(record), 0};
+}
+
+ZipLayout::Entry ZipLayout::checksummed_entry(std::size_t storage) const {
+  Entry found = entry(storage);
+  found.crc32 = plan().storages()[storage].crc32c;
+  return found;
 }
 
 // Where a record's bytes start: behind the header, the name, what needs 64 bits, and padding.
@@ -217,7 +223,7 @@ void ZipLayout::append_directory(const std::vector<Entry>& last, std::string* ou
     *out += extra;
   };
   for (const Entry& entry : entries_) append(entry);
-  for (std::size_t i = 0; i < header_offsets_.size(); ++i) append(entry(i));
+  for (std::size_t i = 0; i < header_offsets_.size(); ++i) append(checksummed_entry(i));
   for (const Entry& entry : last) append(entry);
 
   // The 64-bit end is always there, as torch has it.
@@ -243,7 +249,7 @@ std::string ZipLayout::serialization_id() const {
     hash(&contents, &entry.crc32, sizeof entry.crc32);
   };
   for (const Entry& entry : entries_) add(entry);
-  for (std::size_t i = 0; i < header_offsets_.size(); ++i) add(entry(i));
+  for (std::size_t i = 0; i < header_offsets_.size(); ++i) add(checksummed_entry(i));
   char digits[41];
   std::snprintf(digits, sizeof digits, "%020llu%020llu", static_cast<unsigned long long>(names),
                 static_cast<unsigned long long>(contents));

@@ -35,7 +35,9 @@ class ZipLayout final : public Layout {
     std::uint32_t crc32;
   };
 
+  // The first without the checksum, which another thread may just be writing.
   Entry entry(std::size_t storage) const;
+  Entry checksummed_entry(std::size_t storage) const;
   std::uint64_t data_offset(const Entry& entry) const;
   void append_header(const Entry& entry, std::string* out) const;
   void append_record(const std::string& name, const std::string& bytes, std::string* out,

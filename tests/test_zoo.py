@@ -42,6 +42,10 @@ class Bomb:
         return self.call
 
 
+def save_legacy(state, path):
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
 class InlineEngine:
     """Converts in this process, and remembers what it was given."""
 
@@ -78,7 +82,7 @@ def zoo(tmp_path):
     folder = tmp_path / "zoo"
     (folder / "a").mkdir(parents=True)
     torch.save(STATE, folder / "a/new.pth")
-    torch.save(STATE, folder / "old.pt", _use_new_zipfile_serialization=False)
+    save_legacy(STATE, folder / "old.pt")
     save_file(STATE, folder / "st.safetensors")
     (folder / "README.md").write_text("text")
     return folder
@@ -238,9 +242,9 @@ def test_reports_what_wants_to_be_unpickled_and_runs_none_of_it(run, zoo, out, t
     target = tmp_path / "executed"
     bomb = {**STATE, "x": Bomb(os.mkdir, str(target))}
     torch.save(bomb, zoo / "zip.pth")
-    torch.save(bomb, zoo / "legacy.pth", _use_new_zipfile_serialization=False)
+    save_legacy(bomb, zoo / "legacy.pth")
     (zoo / "plain.pkl").write_bytes(pickle.dumps(bomb))
-    _, summary = run()
+    _, summary = run(to="safetensors")
     failed = {o.name: o for o in summary.select("failed")}
     assert failed.keys() == {"zip.pth", "legacy.pth", "plain.pkl"}
     assert all(outcome.wants_trust for outcome in failed.values())
@@ -251,6 +255,15 @@ def test_reports_what_wants_to_be_unpickled_and_runs_none_of_it(run, zoo, out, t
     assert not target.exists()
     records = {r["name"]: r for r in read_manifest(out)}
     assert records["zip.pth"]["wanted"] == ["posix.mkdir"]
+
+
+def test_carries_pickles_over_without_trust(run, zoo, out, tmp_path):
+    target = tmp_path / "executed"
+    torch.save({**STATE, "x": Bomb(os.mkdir, str(target))}, zoo / "zip.pth")
+    assert run()[0]["zip.pth"] == "done"
+    assert not target.exists()
+    with pytest.raises(pickle.UnpicklingError):
+        fastsd.load(out / "zip.fsd")
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -323,7 +336,7 @@ def test_urls_are_fetched_and_leave_nothing(run, out, memory_url):
 def test_pool(run, zoo, out, tmp_path):
     """Good files, one that kills its process, and one that is trusted: each in its own place."""
     target = tmp_path / "executed"
-    torch.save({**STATE, "x": Bomb(os.mkdir, str(target))}, zoo / "trusted.pth")
+    save_legacy({**STATE, "x": Bomb(os.mkdir, str(target))}, zoo / "trusted.pth")
     (zoo / "deadly.pkl").write_bytes(pickle.dumps(Bomb(os.kill, Self(), signal.SIGKILL)))
     progress = Recorder()
     statuses, summary = run(PoolEngine(jobs=2), progress, trust=True)
@@ -425,7 +438,7 @@ def test_ray(run, zoo, out, tmp_path, monkeypatch):
     target = tmp_path / "executed"
     for name in NAMES[1:]:
         (zoo / name).unlink()
-    torch.save({**STATE, "x": Bomb(os.mkdir, str(target))}, zoo / "trusted.pth")
+    save_legacy({**STATE, "x": Bomb(os.mkdir, str(target))}, zoo / "trusted.pth")
     (zoo / "quits.pkl").write_bytes(pickle.dumps(Bomb(os._exit, 3)))
     progress = Recorder()
     statuses, summary = run(RayEngine(jobs=2), progress, trust=True)

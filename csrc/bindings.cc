@@ -148,24 +148,32 @@ class TensorPlan {
                                           std::move(own));
   }
 
-  void finish_zip(std::string archive, ZipLayout::Records records, std::uint64_t align_bytes) {
+  void finish_zip(std::string archive, const ZipLayout::Records& records,
+                  std::uint64_t align_bytes) {
     plan_.finish_apart();
-    layout_ = std::make_unique<ZipLayout>(std::move(plan_), std::move(archive), std::move(records),
-                                          align_bytes);
+    layout_ =
+        std::make_unique<ZipLayout>(std::move(plan_), std::move(archive), records, align_bytes);
   }
 
   // The two steps of safetensors: the metadata say which tensors share a storage.
-  py::tuple find_shared() {
+  std::vector<std::vector<std::uint32_t>> find_shared() {
     plan_.finish_apart_by_width();
-    py::list tied;
-    const Index index = plan_.index();
+    return plan_.overlaps();
+  }
+
+  std::vector<std::pair<std::size_t, std::size_t>> tied() const {
+    std::vector<std::pair<std::size_t, std::size_t>> found;
+    const Index index = layout_ ? layout_->plan().index() : plan_.index();
     std::vector<std::size_t> firsts(index.storages.size(), SIZE_MAX);
     for (std::size_t i = 0; i < index.tensors.size(); ++i) {
       std::size_t& first = firsts[index.tensors[i].storage];
-      if (first != SIZE_MAX) tied.append(py::make_tuple(i, first));
-      first = std::min(first, i);
+      if (first == SIZE_MAX) {
+        first = i;
+      } else {
+        found.emplace_back(i, first);
+      }
     }
-    return py::make_tuple(tied, plan_.overlaps());
+    return found;
   }
 
   void finish_safetensors(const std::string& metadata) {
@@ -505,6 +513,7 @@ void register_plan(py::module_& module) {
       .def("finish_zip", &TensorPlan::finish_zip, py::arg("archive"), py::arg("records"),
            py::arg("align_bytes"))
       .def("find_shared", &TensorPlan::find_shared)
+      .def_property_readonly("tied", &TensorPlan::tied)
       .def("finish_safetensors", &TensorPlan::finish_safetensors, py::arg("metadata"))
       .def("write", &TensorPlan::write, py::arg("path"), py::arg("durable"), py::arg("checksum"),
            py::arg("dropped") = py::tuple())

@@ -44,10 +44,11 @@ enum class Section : std::uint32_t {
   kStateMetadata = 7,  // JSON: `_metadata` of a flat state_dict
   kMetadata = 8,       // JSON: the user's own strings
   kPickle = 9,         // torch's data.pkl stream
-  // What files of other formats have beside: numbers that are never written to a file.
-  kByteOrder = 0x10000,    // "little" or "big": of the storages that a pickle refers to
-  kTorchScript = 0x10001,  // empty: a TorchScript archive, which torch.jit reads
 };
+
+// What files of other formats have beside those: numbers that are never written to a file.
+constexpr Section kByteOrder{0x10000};    // "little" or "big": of the storages of a pickle
+constexpr Section kTorchScript{0x10001};  // empty: a TorchScript archive, which torch.jit reads
 
 // Flags of the preamble. The lower half may be ignored by a reader that does not know them; a file
 // with an unknown flag of the upper half is refused.
@@ -168,12 +169,12 @@ constexpr std::uint64_t align_up(std::uint64_t value, std::uint64_t alignment) {
 
 // The tables of an archive of another format, with the memory that they lie in: what a reader of
 // that format fills in. Storages ascend in the file and do not overlap, and each view lies within
-// its storage; names are unique. Flags and sections are those of this format.
+// its storage; names are unique. Flags and sections are those of this format; checksums may be of
+// another kind.
 struct Tables {
   std::uint64_t file_bytes = 0;  // of the archive
   std::uint32_t flags = 0;
   std::vector<StorageRecord> storages;
-  std::vector<std::uint32_t> crc32;  // of each storage, as zip files have it; empty: not known
   std::vector<TensorRecord> tensors;
   std::vector<std::int64_t> dims;
   std::string names;

@@ -117,12 +117,15 @@ void Plan::finish_apart_by_width() {
   for (std::uint32_t i = 0; i < firsts.size(); ++i) {
     if (firsts[i] == i) stored.push_back(i);
   }
-  const auto item_bytes = [&](std::uint32_t i) { return find_dtype(tensors_[i].dtype)->item_bytes; };
-  std::stable_sort(stored.begin(), stored.end(), [&](std::uint32_t a, std::uint32_t b) {
-    return item_bytes(a) > item_bytes(b);
-  });
+  // By number where widths are the same.
+  const auto key = [&](std::uint32_t i) {
+    return std::make_pair(-int{find_dtype(tensors_[i].dtype)->item_bytes}, i);
+  };
+  std::sort(stored.begin(), stored.end(),
+            [&](std::uint32_t a, std::uint32_t b) { return key(a) < key(b); });
   add_apart(stored);
-  for (std::uint32_t i = 0; i < firsts.size(); ++i) tensors_[i].storage = tensors_[firsts[i]].storage;
+  for (std::uint32_t i = 0; i < firsts.size(); ++i)
+    tensors_[i].storage = tensors_[firsts[i]].storage;
 }
 
 // For each tensor the first whose view is equal: the same memory, dtype, flags and shape, walked in
@@ -287,8 +290,8 @@ void Plan::fill(std::size_t storage, std::uint64_t begin, std::uint64_t end,
     const std::uint64_t from = std::max(begin, member_begin);
     const std::uint64_t to = std::min(end, member_end);
     if (from >= to) continue;
-    copy_reachable(strided(member.tensor), member.begin, from - member_begin,
-                   to - member_begin, target + (from - begin));
+    copy_reachable(strided(member.tensor), member.begin, from - member_begin, to - member_begin,
+                   target + (from - begin));
   }
 }
 

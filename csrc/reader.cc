@@ -171,7 +171,7 @@ void Reader::find_object() {
   const std::string_view stream = header_.section(Section::kPickle);
   if (stream.data() == nullptr) return;
   // Storages in the other byte order are turned while torch unpickles; until then they are bytes.
-  is_plain_ = header_.section(Section::kByteOrder) != "big";
+  is_plain_ = header_.section(kByteOrder) != "big";
   if (!is_plain_) return;
   PickledObject found = read_torch_pickle(stream, header_.index());
   is_plain_ = found.is_plain;
@@ -283,6 +283,7 @@ void Reader::read(const std::vector<File::Piece>& extents, const Interrupt& inte
 }
 
 std::vector<std::size_t> Reader::find_damage(const Interrupt& interrupt) const {
+  const Checksum& checksum = container_ == Container::kTorch ? kCrc32 : kCrc32c;
   const Index& tables = index();
   struct Step {
     std::size_t storage;
@@ -309,7 +310,7 @@ std::vector<std::size_t> Reader::find_damage(const Interrupt& interrupt) const {
     // and a file that shrinks meanwhile is an error rather than a signal.
     if (!slabs[worker]) slabs[worker].reset(new std::byte[kStepBytes]);
     file_.read_at(slabs[worker].get(), bytes, offset);
-    parts[i] = crc32c(0, slabs[worker].get(), bytes);
+    parts[i] = checksum.update(0, slabs[worker].get(), bytes);
   });
   if (container_ == Container::kFsd) check_padding();
   std::vector<std::size_t> damaged;
@@ -317,7 +318,7 @@ std::vector<std::size_t> Reader::find_damage(const Interrupt& interrupt) const {
     const std::size_t storage = steps[i].storage;
     std::uint32_t crc = parts[i];
     for (++i; i < steps.size() && steps[i].storage == storage; ++i)
-      crc = crc32c_combine(crc, parts[i], steps[i].end - steps[i].begin);
+      crc = checksum.combine(crc, parts[i], steps[i].end - steps[i].begin);
     if (crc != tables.storages[storage].crc32c) damaged.push_back(storage);
   }
   return damaged;

@@ -128,7 +128,8 @@ struct RowMajorWalk {
         visit(depth + 1, source + i * dimension.bytes, place + i * packed);
         ++i;
       }
-      const std::uint64_t last = end > place ? std::min(dimension.count, (end - place) / packed) : 0;
+      const std::uint64_t last =
+          end > place ? std::min(dimension.count, (end - place) / packed) : 0;
       if (i < last) {
         copy_items(source + i * dimension.bytes, dimension.bytes, last - i, packed,
                    target + (place + i * packed - begin));

@@ -6,6 +6,7 @@
 #include <string_view>
 #include <vector>
 
+#include "checksum.h"
 #include "dtype.h"
 #include "error.h"
 #include "utf8.h"
@@ -56,10 +57,13 @@ class Records {
   std::string_view folder_;  // with its slash
 };
 
+// torch can be told not to compute checksums, and writes zeros then.
+bool has_checksum(const ZipRecord& record) { return record.bytes > 0 && record.crc32 != 0; }
+
 void check_stored(const ZipRecord& record) {
   if (!record.is_compressed) return;
   throw Error(Failure::kUnsupported,
-              "zip record `" + std::string(record.name) +
+              "zip record `" + excerpt(record.name) +
                   "` is compressed, which torch.save never does; load the file with torch.load and "
                   "save it again");
 }
@@ -73,6 +77,8 @@ std::string read_record(const File& file, const ZipRecord& record, std::uint64_t
   }
   std::string bytes(record.bytes, '\0');
   file.read_at(bytes.data(), bytes.size(), record.offset);
+  if (has_checksum(record) && crc32(0, bytes.data(), bytes.size()) != record.crc32)
+    reject("zip record `" + excerpt(record.name) + "` is damaged: its checksum is another");
   return bytes;
 }
 
@@ -99,7 +105,7 @@ void add_byte_order(const File& file, const Records& records, Tables& tables) {
   std::string order = read_record(file, *record, bytes_max);
   if (order != "little" && order != "big")
     reject("the record byteorder of the torch file says neither little nor big");
-  tables.sections.emplace_back(Section::kByteOrder, std::move(order));
+  tables.sections.emplace_back(kByteOrder, std::move(order));
 }
 
 void add_storage(const ZipRecord& record, std::string_view key, Tables& tables) {
@@ -107,8 +113,8 @@ void add_storage(const ZipRecord& record, std::string_view key, Tables& tables) 
   if (!is_utf8(key)) reject("the name of a storage of the torch file is not UTF-8");
   const std::int64_t dims[] = {static_cast<std::int64_t>(record.bytes), 1};
   const auto storage = static_cast<std::uint32_t>(tables.storages.size());
-  tables.storages.push_back({record.offset, record.bytes, 0, 0, 0, 0});
-  tables.crc32.push_back(record.crc32);
+  const std::uint16_t flags = has_checksum(record) ? kStorageHasChecksum : std::uint16_t{0};
+  tables.storages.push_back({record.offset, record.bytes, record.crc32, 0, flags, 0});
   tables.add_tensor(key, std::uint16_t(DType::kUInt8), 1, dims, storage, 0);
 }
 
@@ -126,7 +132,7 @@ Tables read_torch_zip(const File& file) {
   Tables tables;
   tables.file_bytes = file.bytes();
   if (records.find("constants.pkl") != nullptr) {
-    tables.sections.emplace_back(Section::kTorchScript, "");
+    tables.sections.emplace_back(kTorchScript, "");
     return tables;
   }
   check_version(file, records);

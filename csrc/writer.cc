@@ -370,7 +370,8 @@ void Content::gather(std::uint64_t begin, std::uint64_t end, std::byte* target,
     drop_source(plan, piece, dropped);
   };
   const auto add_gap = [&](std::size_t storage, std::uint64_t from, std::uint64_t to) {
-    fill_gap(layout_, storage, checksum_before(plan, storage), from, to, target + (from - begin), &gap);
+    fill_gap(layout_, storage, checksum_before(plan, storage), from, to, target + (from - begin),
+             &gap);
   };
   for_each_piece(layout_, std::max(begin, layout_.data_begin()), std::min(end, layout_.data_end()),
                  add_piece, add_gap);

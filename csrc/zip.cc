@@ -1,7 +1,6 @@
 #include "zip.h"
 
 #include <algorithm>
-#include <cstring>
 #include <optional>
 #include <string>
 
@@ -112,7 +111,7 @@ std::string label_of(std::string_view name) { return "zip record `" + excerpt(na
 template <class T>
 T load(std::string_view bytes) {
   T value;
-  std::memcpy(&value, bytes.data(), sizeof value);
+  bytes.copy(reinterpret_cast<char*>(&value), sizeof value);
   return value;
 }
 
@@ -247,7 +246,7 @@ Wide widen(const CentralHeader& header, std::string_view extra, std::string_view
     if (*value != narrow_max) return;
     if (fields.size() < bytes) reject(label_of(name) + " lacks the 64-bit sizes that it refers to");
     *value = 0;
-    std::memcpy(value, fields.data(), bytes);
+    fields.copy(reinterpret_cast<char*>(value), bytes);
     fields.remove_prefix(bytes);
   };
   take(&wide.full_bytes, kWide32, 8);

@@ -18,8 +18,8 @@ constexpr std::uint32_t kEnd64Locator = 0x07064B50U;
 constexpr std::uint32_t kEnd = 0x06054B50U;
 
 constexpr std::uint64_t kLocalHeaderBytes = 30;
-constexpr std::uint16_t kExtra64 = 1;          // sizes and offsets that do not fit 32 bits
-constexpr std::uint16_t kPadding = 0x4246U;    // "FB", an extra field of torch's
+constexpr std::uint16_t kExtra64 = 1;           // sizes and offsets that do not fit 32 bits
+constexpr std::uint16_t kPadding = 0x4246U;     // "FB", an extra field of torch's
 constexpr std::uint64_t kExtraHeaderBytes = 4;  // each starts with its kind and its size
 
 constexpr std::uint16_t kNamesAreUtf8 = 1U << 11U;
@@ -86,7 +86,7 @@ void hash(std::uint64_t* state, const void* data, std::size_t bytes) {
 
 }  // namespace
 
-ZipLayout::ZipLayout(Plan&& finished, std::string archive, Records records,
+ZipLayout::ZipLayout(Plan&& finished, std::string archive, const Records& records,
                      std::uint64_t align_bytes)
     : Layout(std::move(finished)), archive_(std::move(archive)), align_bytes_(align_bytes) {
   for (const auto& [name, bytes] : records) append_record(name, bytes, &head_, &entries_, 0);
@@ -190,6 +190,12 @@ std::string ZipLayout::encode_tail() const {
   append_headers_from(next, &tail);
   std::vector<Entry> entries;
   append_record("version", "3\n", &tail, &entries, data_end());
+  // torch, too, has it here if it was not among the records.
+  const auto is_byte_order = [&](const Entry& entry) {
+    return entry.name == archive_ + "/byteorder";
+  };
+  if (std::none_of(entries_.begin(), entries_.end(), is_byte_order))
+    append_record("byteorder", "little", &tail, &entries, data_end());
   append_record(".data/serialization_id", serialization_id(), &tail, &entries, data_end());
   append_directory(entries, &tail, data_end() + tail.size());
   return tail;
@@ -217,7 +223,7 @@ void ZipLayout::append_directory(const std::vector<Entry>& last, std::string* ou
   // The 64-bit end is always there, as torch has it.
   const std::uint64_t count = entries_.size() + header_offsets_.size() + last.size();
   const std::uint64_t bytes = out->size() - begin;
-  constexpr std::uint64_t rest_bytes = 44;         // of the 64-bit end, behind this number
+  constexpr std::uint64_t rest_bytes = 44;           // of the 64-bit end, behind this number
   constexpr std::uint16_t version_made_by = 0x031E;  // Unix, 3.0
   constexpr std::uint16_t version_needed = 0x002D;   // 4.5, which has 64-bit ends
   put(out, kEnd64, rest_bytes, version_made_by, version_needed, zero32, zero32, count, count, bytes,

@@ -18,7 +18,7 @@ class ZipLayout final : public Layout {
   // The records come before the storages, whose own are called as the tensors are; all are in the
   // folder `archive`. REQUIRES: plan.finish_apart() has been called, names and records have fewer
   // than 65,000 bytes and 4 GiB, and `align_bytes` is below 32768. Throws kLimit.
-  ZipLayout(Plan&& plan, std::string archive, Records records, std::uint64_t align_bytes);
+  ZipLayout(Plan&& plan, std::string archive, const Records& records, std::uint64_t align_bytes);
 
   const Checksum* checksum(bool /*is_wanted*/) const override { return &kCrc32; }
   std::string encode_head() const override;
@@ -46,8 +46,8 @@ class ZipLayout final : public Layout {
 
   std::string archive_;
   std::uint64_t align_bytes_;
-  std::string head_;                          // the records before the storages
-  std::vector<Entry> entries_;                // of these records
+  std::string head_;                           // the records before the storages
+  std::vector<Entry> entries_;                 // of these records
   std::vector<std::uint64_t> header_offsets_;  // of the storages
 };
 

@@ -88,9 +88,9 @@ class Plan(metaclass=_pybind11_type):
         """Lays out a zip file as torch.save writes: the records, by name, then each tensor, by its
         name, whole and apart from others, all in the folder ``archive``."""
 
-    def find_shared(self) -> tuple[list[tuple[int, int]], list[list[int]]]:
-        """The first step to a safetensors file: (number of a tensor, that of the first one with
-        an equal view), and groups of those that overlap without being equal."""
+    def find_shared(self) -> list[list[int]]:
+        """The first step to a safetensors file: groups of tensors, by number, that overlap without
+        being equal views."""
 
     def finish_safetensors(self, metadata: str | bytes) -> None:
         """The second step: lays out the file. ``metadata`` is the JSON of ``__metadata__``, or
@@ -107,6 +107,10 @@ class Plan(metaclass=_pybind11_type):
 
     def gather(self, begin: int, target: object, dropped: Sequence[Reader] = ...) -> None:
         """Fills a writable buffer with the bytes of the file from ``begin`` on."""
+
+    @property
+    def tied(self) -> list[tuple[int, int]]:
+        """(Number of a tensor, that of the first one in the same storage), once these are known."""
 
     @property
     def file_bytes(self) -> int: ...
@@ -184,8 +188,8 @@ class Reader(metaclass=_pybind11_type):
         items."""
 
     def storage(self, number: int) -> tuple[int, int, int | None, str, bool]:
-        """(offset in the file, wherever the archive starts; bytes; CRC32C or None; device; whether
-        it has no data)."""
+        """(offset in the file, wherever the archive starts; bytes; checksum or None; device;
+        whether it has no data). The checksum is a CRC32C or, in the format "pth", a CRC-32."""
 
     def load(
         self, is_ordered: bool, bases_only: bool, numbers: Sequence[int] | None = None

@@ -79,9 +79,9 @@ def save(
     what it points to is replaced.
 
     Raises UnsupportedError for what cannot be saved (for "safetensors" it names each key that is in
-    the way), ValueError for metadata that the format cannot hold, what pickling raises, AttributeError for an
-    `f` without ``write``, OSError, and what the file object raises. Do not change the tensors
-    meanwhile.
+    the way), ValueError for metadata that the format cannot hold, LimitError for a header that
+    readers of the format refuse, what pickling raises, AttributeError for an `f` without ``write``,
+    OSError, and what the file object raises. Do not change the tensors meanwhile.
     """
     if isinstance(pickle_module, Mapping):
         raise TypeError("pickle_module must be a module; metadata is passed by name: metadata=...")
@@ -90,9 +90,10 @@ def save(
             "expected 'f' to be string, path, or a file-like object with a 'write' attribute"
         )
     path = encode_path(f) if is_path(f) else None
+    file: Any = f if path is None else path
     how = Pickling(pickle_module, pickle_protocol, _disable_byteorder_record)
     plan = make_plan(obj, format or "fsd", path, metadata, how)
-    write(plan, f if path is None else path, durable=durable, checksum=checksum)
+    write(plan, file, durable=durable, checksum=checksum)
 
 
 def load(

@@ -162,7 +162,7 @@ class Archive(Mapping[str, torch.Tensor]):
             storage_offset=record.storage_offset,
             storage_nbytes=storage.nbytes,
             file_offset=storage.offset,
-            crc32c=storage.crc32c,
+            crc32c=storage.checksum if self._readers[file].format == "fsd" else None,
             path=self._readers[file].name,
         )
 
@@ -195,7 +195,8 @@ class Archive(Mapping[str, torch.Tensor]):
     @property
     def version(self) -> tuple[int, int] | None:
         """The version of the .fsd container, major and minor; None for other formats."""
-        return getattr(self._open_reader(), "version", None)
+        reader = self._open_readers()[0]
+        return reader.version if reader.format == "fsd" else None
 
     def get_slice(self, name: str) -> TensorSlice:
         """The tensor as something to be indexed, so that only a part of it is read."""
@@ -323,14 +324,14 @@ def _verify_file(reader: _core.Reader) -> Verification:
     affected = []
     for storage_number in range(reader.storage_count):
         storage = StorageRecord(*reader.storage(storage_number))
-        if storage.crc32c is not None:
+        if storage.checksum is not None:
             checked += storage.nbytes
     for number, name in enumerate(names):
         record = TensorRecord(*reader.tensor(number))
         storage = StorageRecord(*reader.storage(record.storage))
         if record.storage in damaged:
             affected.append(name)
-        elif storage.crc32c is None and storage.nbytes > 0 and not storage.has_no_data:
+        elif storage.checksum is None and storage.nbytes > 0 and not storage.has_no_data:
             unchecked.append(name)
     if damaged:
         place = StorageRecord(*reader.storage(min(damaged)))

@@ -21,6 +21,7 @@ from fastsd.formats.detect import open_any
 from fastsd.layouts import Layout
 from fastsd.restore import restore, restore_partly, restore_through_torch
 from fastsd.saving import Format, make_plan, plan_pickled, write
+from fastsd.shards import write_sharded
 from fastsd.tensors import CPU
 from fastsd.transform import (
     Caster,
@@ -324,7 +325,9 @@ def _write(
     lossy: bool,
 ) -> None:
     if max_shard_size is not None:
-        write_sharded(content.obj, target, format, max_shard_size, metadata=metadata)
+        write_sharded(
+            content.obj, target, format, max_shard_size, metadata=metadata, lossy=lossy, dropped=readers
+        )
         return
     path = encode_path(target)
     if content.carried is not None:

@@ -278,8 +278,8 @@ def write_stream(
     ``flush``.
 
     Pages of the mappings of ``dropped`` are dropped as soon as they have been written: see
-    `_core.Plan.write`. With ``durable``, which takes a file that has a descriptor, it is on its device when this
-    returns. Raises what the object raises.
+    `_core.Plan.write`. With ``durable``, which takes a file that has a descriptor, it is on its
+    device when this returns. Raises what the object raises.
     """
     descriptor = f.fileno() if durable else -1  # raises before anything is written
     plan.prepare(checksum, dropped)
@@ -308,3 +308,26 @@ def _write_all(f: Any, data: memoryview) -> None:
         if not 0 < written <= len(data):
             raise ValueError(f"write() took {written} bytes of the {len(data)} that it was given")
         data = data[written:]
+
+
+def replace_file(path: str, data: bytes, *, durable: bool) -> None:
+    """Writes a small file, which appears all at once, as those of the core do."""
+    folder, name = os.path.split(path)
+    hidden = os.path.join(folder, f".fastsd-{os.getpid()}-{name}.tmp")
+    try:
+        with open(hidden, "wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(hidden, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(hidden)
+        raise
+    if durable:
+        descriptor = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -60,8 +60,7 @@ def dump(
     serialization._check_dill_version(module)
     recorder = _Recorder()
     serialization._save(obj, recorder, module, protocol, without_byteorder)
-    records = recorder.records
-    return Pickled(dict(records)[_STREAM], recorder.storages, records)
+    return Pickled(recorder.stream, recorder.storages, recorder.records)
 
 
 def wrap_stream(stream: bytes, byte_order: str = "little") -> list[tuple[str, str | bytes]]:
@@ -98,12 +97,15 @@ class _Recorder:
     """What torch takes for a zip file to write to."""
 
     def __init__(self) -> None:
+        self.stream = b""
         self.records: list[tuple[str, str | bytes]] = []
         self.storages: dict[str, torch.UntypedStorage] = {}
 
     def write_record(self, name: str, data: Any, nbytes: int) -> None:
         if not name.startswith(_STORAGE):
             self.records.append((name, data))
+            if name == _STREAM:
+                self.stream = data
             return
         if isinstance(data, int):  # releases before 2.3 give the address
             data = _copy_memory(data, nbytes)

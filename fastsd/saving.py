@@ -35,18 +35,19 @@ def make_plan(
     format: Format,
     path: bytes | None,
     metadata: Mapping[str, str] | None = None,
-    how: Pickling = Pickling(),
+    how: Pickling | None = None,
     *,
     lossy: bool = False,
 ) -> _core.Plan:
     """Lays out a file. ``path`` is where it goes, None for a file object; ``lossy`` as for
     `plan_safetensors`. Raises what `fastsd.save` raises for an object that the format cannot hold.
     """
+    how = how or Pickling()
     if format == "fsd":
         return _plan_fsd(obj, metadata, how)
     if format == "safetensors":
         return plan_safetensors(obj, metadata, lossy=lossy)
-    if format != "pth":
+    if format not in get_args(Format):
         known = ", ".join(map(repr, get_args(Format)))
         raise ValueError(f"format must be None or one of {known}, not {format!r}")
     return plan_pickled(how.dump(obj), format, path, metadata)

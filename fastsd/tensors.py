@@ -74,7 +74,7 @@ class StorageRecord(NamedTuple):
 
     offset: int
     nbytes: int
-    crc32c: int | None
+    checksum: int | None
     device: str
     has_no_data: bool
 

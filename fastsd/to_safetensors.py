@@ -53,10 +53,10 @@ def plan_safetensors(
         if "__metadata__" in names:
             raise NotPlainError("a name that is taken")
         plan = _core.Plan(names, tensors, describer)
-        tied, overlaps = plan.find_shared()
-        _check_overlaps(names, overlaps, lossy)
+        _check_overlaps(names, plan.find_shared(), lossy)
+        tied = {names[name]: names[kept] for name, kept in plan.tied}
         if tied:
-            own[TIED] = _to_json({names[name]: names[kept] for name, kept in tied})
+            own[TIED] = _to_json(tied)
         plan.finish_safetensors(_to_json(own))
     except (UnsupportedError, TypeError, UnicodeEncodeError):
         _refuse_items(obj)

@@ -310,6 +310,35 @@ def test_a_file_size_limit(nbytes, durable, old):
     check_untouched(old)
 
 
+@pytest.mark.parametrize("format", ["pth", "safetensors"])
+@pytest.mark.parametrize("durable", [False, True])
+@pytest.mark.parametrize("nbytes", [10, 1000, 5000, 3 << 20, (4 << 20) + 300])
+def test_a_file_size_limit_for_other_formats(nbytes, durable, format, old):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            fastsd.save(
+                {"a": BIG["new"], "b": torch.ones(1000)}, old, durable=durable, format=format
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    check_untouched(old)
+
+
+@pytest.mark.parametrize("format", ["pth", "safetensors"])
+@pytest.mark.parametrize("durable", [False, True])
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_other_formats_replace_a_file_and_keep_its_permissions(mode, durable, format, old):
+    loaded, inode = fastsd.load(old), old.stat().st_ino
+    old.chmod(mode)
+    fastsd.save(NEW, old, durable=durable, format=format)
+    assert old.stat().st_ino != inode
+    assert mode_of(old) == mode
+    assert_same(loaded, OLD)
+    assert os.listdir(old.parent) == [old.name]
+
+
 # ---- Interruptions ----
 
 

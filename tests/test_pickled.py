@@ -20,8 +20,8 @@ from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_g
 
 import fastsd
 from fastsd import pickled
-from fastsd.saving import _plan_pickled
 from fastsd.names import NameRules
+from fastsd.saving import _plan_pickled
 
 Point = namedtuple("Point", ["x", "y"])
 

@@ -204,7 +204,7 @@ TEST(plan_writes_zeros_where_no_view_reaches) {
 TEST(plan_takes_bytes_in_place_where_another_view_fills_the_gaps) {
   const std::vector<std::byte> memory = make_memory();
   const FsdLayout layout = lay_out({{"whole", DType::kUInt8, memory.data(), {32}},
-                               {"column", DType::kUInt8, memory.data() + 1, {8}, {4}}});
+                                    {"column", DType::kUInt8, memory.data() + 1, {8}, {4}}});
   CHECK(layout.plan().storages().size() == 1);
   CHECK(layout.plan().bytes_in_place(0, 0) == memory.data());
   CHECK(gather(layout, layout.data_begin(), layout.file_bytes()) == text(memory.data(), 32));
@@ -243,9 +243,8 @@ TEST(plan_carries_flags_devices_and_sections) {
   Plan plan;
   add(plan, tensor);
   plan.finish();
-  const Archive archive(
-      FsdLayout(std::move(plan), kFileRootIsOrderedDict, {"cpu", "cuda:3"},
-                {{Section::kMetadata, R"({"k":"v"})"}, {Section::kTree, "[]"}}));
+  const Archive archive(FsdLayout(std::move(plan), kFileRootIsOrderedDict, {"cpu", "cuda:3"},
+                                  {{Section::kMetadata, R"({"k":"v"})"}, {Section::kTree, "[]"}}));
   CHECK(archive.tensor(0).flags == tensor.flags);
   CHECK(archive.storage(0).device == 1 && archive.header.devices()[1] == "cuda:3");
   CHECK(archive.header.preamble().flags == kFileRootIsOrderedDict);
@@ -383,9 +382,9 @@ TEST(plan_with_checksums_decodes) {
   const std::vector<std::byte> memory =
       random.bytes(3 << 20U);  // three steps of checksum_storages()
   FsdLayout layout = lay_out({{"large", DType::kUInt8, memory.data() + 1, {5 << 19}},
-                         {"gaps", DType::kUInt8, memory.data() + (11 << 18), {1000}, {3}},
-                         {"empty", DType::kUInt8, memory.data(), {0}},
-                         {"meta", DType::kUInt8, nullptr, {10}}});
+                              {"gaps", DType::kUInt8, memory.data() + (11 << 18), {1000}, {3}},
+                              {"empty", DType::kUInt8, memory.data(), {0}},
+                              {"meta", DType::kUInt8, nullptr, {10}}});
   checksum_storages(layout, {}, nullptr);
   const Archive archive(layout);
   for (std::size_t i = 0; i < 2; ++i) {

@@ -1,6 +1,5 @@
 #include "safetensors.h"
 
-#include <algorithm>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -39,22 +38,6 @@ void check_refused(const std::string& file, Failure failure, const std::string& 
 Dims dims_of(const Tables& tables, std::size_t i) {
   const auto first = tables.dims.begin() + std::ptrdiff_t(tables.tensors[i].dims_offset);
   return {first, first + 2 * std::ptrdiff_t(tables.tensors[i].rank)};
-}
-
-// Storages ascend within the file, without overlaps, and every view lies within its storage.
-bool is_sound(const Tables& tables) {
-  std::uint64_t end = 0;
-  for (const StorageRecord& storage : tables.storages) {
-    if (storage.offset < end || storage.offset > tables.file_bytes) return false;
-    if (storage.bytes > tables.file_bytes - storage.offset) return false;
-    end = storage.offset + storage.bytes;
-  }
-  const Index index = tables.index();
-  return std::all_of(index.tensors.begin(), index.tensors.end(), [&](const TensorRecord& tensor) {
-    const auto extent = extent_bytes(index.view(tensor));
-    return extent && tensor.storage < index.storages.size() &&
-           *extent <= index.storages[tensor.storage].bytes;
-  });
 }
 
 TEST(safetensors_finds_tensors_storages_and_metadata) {

@@ -53,6 +53,24 @@ void check_window(const Sample& sample, const std::vector<bool>& is_reachable,
   CHECK(is_right);
 }
 
+// The bytes of the elements in row-major order, by visiting every one.
+std::vector<std::byte> pack(const Sample& sample, const std::vector<std::byte>& source) {
+  std::vector<std::byte> packed;
+  const bool is_empty =
+      std::any_of(sample.shape.begin(), sample.shape.end(), [](auto size) { return size == 0; });
+  Dims position(sample.shape.size(), 0);
+  while (!is_empty) {
+    std::int64_t item = 0;
+    for (std::size_t d = 0; d < position.size(); ++d) item += position[d] * sample.stride[d];
+    const auto first = source.begin() + item * std::int64_t(sample.item_bytes);
+    packed.insert(packed.end(), first, first + std::int64_t(sample.item_bytes));
+    std::size_t d = position.size();
+    while (d > 0 && ++position[d - 1] == sample.shape[d - 1]) position[--d] = 0;
+    if (d == 0) break;
+  }
+  return packed;
+}
+
 // Contiguous, permuted, or with strides of any kind: 0, overlapping, with gaps.
 Sample make_sample(Random& random, std::size_t rank_max, std::uint64_t size_max,
                    std::uint64_t stride_max) {
@@ -126,6 +144,31 @@ TEST(strided_copies_every_window) {
         check_window(sample, is_reachable, source, begin, end);
     }
   }
+}
+
+TEST(strided_copies_every_window_in_row_major_order) {
+  Random random(12);
+  int contiguous = 0;
+  for (int samples = 0; samples < 600;) {
+    const Sample sample = make_sample(random, 4, 4, 9);
+    const std::vector<std::byte> source = random.bytes(enumerate(sample).size());
+    const std::vector<std::byte> packed = pack(sample, source);
+    if (packed.size() > 100) continue;
+    ++samples;
+    CHECK(packed.empty() || row_major_bytes(sample.view()) == packed.size());
+    if (!packed.empty() && is_contiguous(sample.view())) {
+      ++contiguous;
+      CHECK(packed == source);
+    }
+    for (std::size_t begin = 0; begin <= packed.size(); ++begin) {
+      for (std::size_t end = begin; end <= packed.size(); ++end) {
+        std::vector<std::byte> target(end - begin, kUntouched);
+        copy_row_major(sample.view(), source.data(), begin, end, target.data());
+        CHECK(std::equal(target.begin(), target.end(), packed.begin() + std::ptrdiff_t(begin)));
+      }
+    }
+  }
+  CHECK(contiguous > 50 && contiguous < 550);
 }
 
 // A window costs what it holds, however vast the view.

@@ -2,6 +2,7 @@
 // plan.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -108,6 +109,23 @@ std::string message_of(Call call) {
     return error.what();
   }
   return {};
+}
+
+// What Tables promise: storages ascend within the file, without overlaps, and every view lies
+// within its storage.
+inline bool is_sound(const Tables& tables) {
+  std::uint64_t end = 0;
+  for (const StorageRecord& storage : tables.storages) {
+    if (storage.offset < end || storage.offset > tables.file_bytes) return false;
+    if (storage.bytes > tables.file_bytes - storage.offset) return false;
+    end = storage.offset + storage.bytes;
+  }
+  const Index index = tables.index();
+  return std::all_of(index.tensors.begin(), index.tensors.end(), [&](const TensorRecord& tensor) {
+    const auto extent = extent_bytes(index.view(tensor));
+    return extent && tensor.storage < index.storages.size() &&
+           *extent <= index.storages[tensor.storage].bytes;
+  });
 }
 
 using Dims = std::vector<std::int64_t>;

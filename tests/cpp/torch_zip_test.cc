@@ -40,7 +40,7 @@ TEST(torch_zip_finds_storages_and_sections) {
   const std::string bytes = ZipBuilder::build(files).bytes;
   const Tables tables = read_torch_zip(file_of(bytes));
   CHECK(tables.file_bytes == bytes.size() && tables.flags == 0);
-  CHECK((tables.sections == Sections{{Section::kPickle, "pickle"}, {Section::kByteOrder, "big"}}));
+  CHECK((tables.sections == Sections{{Section::kPickle, "pickle"}, {kByteOrder, "big"}}));
   if (!CHECK(tables.tensors.size() == 3 && tables.storages.size() == 3)) return;
   const Index index = tables.index();
   const char* names[] = {"10", "2", "\xC3\xA9/x"};
@@ -55,7 +55,7 @@ TEST(torch_zip_finds_storages_and_sections) {
     CHECK(index.dims[tensor.dims_offset + 1] == 1);
     CHECK(bytes.substr(storage.offset, storage.bytes) == contents[i]);
     CHECK(storage.offset % 64 == 0 && storage.flags == 0);
-    CHECK(tables.crc32.at(i) == ZipBuilder::crc32_of(numbers[i]));
+    CHECK(tables.storages.at(i).crc32c == ZipBuilder::crc32_of(numbers[i]));
   }
 }
 
@@ -68,7 +68,7 @@ TEST(torch_zip_may_lack_all_but_the_pickle) {
 TEST(torch_zip_tells_torchscript) {
   const Tables tables =
       read({{"a/data.pkl", "p"}, {"a/constants.pkl", "c"}, {"a/data/0", "d"}, {"a/version", "99"}});
-  CHECK((tables.sections == Sections{{Section::kTorchScript, ""}}));
+  CHECK((tables.sections == Sections{{kTorchScript, ""}}));
   CHECK(tables.tensors.empty());
 }
 
@@ -105,6 +105,27 @@ TEST(torch_zip_refuses_compressed_records) {
           (is_needed ? std::optional(Failure::kUnsupported) : std::optional<Failure>()));
     if (is_needed)
       CHECK(message_of(call).find("`" + files[i].first + "` is compressed") != std::string::npos);
+  }
+}
+
+TEST(torch_zip_survives_any_change_of_a_byte_and_any_cut) {
+  const std::string file =
+      ZipBuilder::build({{"a/data.pkl", "p"}, {"a/data/0", "12345"}, {"a/version", "3"}}).bytes;
+  CHECK(is_sound(read_torch_zip(file_of(file))));
+  for (std::size_t bytes = 0; bytes < file.size(); ++bytes) {
+    CHECK(failure_of([&] { return read_torch_zip(file_of(file.substr(0, bytes))); }) ==
+          Failure::kTruncated);
+  }
+  for (std::size_t i = 0; i < file.size(); ++i) {
+    for (int value = 0; value < 256; ++value) {
+      std::string changed = file;
+      changed[i] = static_cast<char>(value);
+      try {
+        CHECK(is_sound(read_torch_zip(file_of(changed))));
+      } catch (const Error& error) {
+        CHECK(*error.what() != '\0' && error.kind != Failure::kSystem);
+      }
+    }
   }
 }
 

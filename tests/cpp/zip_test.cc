@@ -13,7 +13,7 @@ namespace {
 using Files = ZipBuilder::Files;
 using Change = void (*)(ZipSample&);
 
-const Files kFiles = {{"a/one", "1234567"}, {"a/none", ""}, {"b", std::string(5000, 'b')}};
+Files some_files() { return {{"a/one", "1234567"}, {"a/none", ""}, {"b", std::string(5000, 'b')}}; }
 
 bool is_sound(const ZipDirectory& directory, std::uint64_t file_bytes) {
   std::uint64_t end = 0;
@@ -48,7 +48,7 @@ void check_refused(const std::string& bytes, Failure failure, const std::string&
 
 // That the sample with this change is refused in this way.
 void check_refused(Change change, Failure failure, const std::string& part, int line) {
-  ZipSample zip = ZipBuilder::build(kFiles);
+  ZipSample zip = ZipBuilder::build(some_files());
   change(zip);
   check_refused(zip.bytes, failure, part, line);
 }
@@ -58,24 +58,25 @@ void check_refused(Change change, Failure failure, const std::string& part, int 
 
 TEST(zip_finds_records) {
   for (const bool is_wide : {false, true}) {
-    check_records(ZipBuilder::build(kFiles, is_wide).bytes, kFiles);
+    check_records(ZipBuilder::build(some_files(), is_wide).bytes, some_files());
     check_records(ZipBuilder::build({}, is_wide).bytes, {});
   }
 }
 
 TEST(zip_finds_the_end_before_a_comment) {
   for (const std::size_t bytes : {1U, 100U, 65535U})
-    check_records(ZipBuilder::build(kFiles, true, std::string(bytes, 'c')).bytes, kFiles);
+    check_records(ZipBuilder::build(some_files(), true, std::string(bytes, 'c')).bytes,
+                  some_files());
 }
 
 // Readers that look from the end, and those that look for a comment that fits, would find
 // different directories.
 TEST(zip_refuses_an_end_within_a_comment) {
-  const ZipSample inner = ZipBuilder::build(kFiles, false);
+  const ZipSample inner = ZipBuilder::build(some_files(), false);
   const std::string end = inner.bytes.substr(inner.end);
-  check_refused(ZipBuilder::build(kFiles, false, end + "x").bytes, Failure::kFormat,
+  check_refused(ZipBuilder::build(some_files(), false, end + "x").bytes, Failure::kFormat,
                 "1 follow the end of the directory", __LINE__);
-  check_refused(ZipBuilder::build(kFiles, false, end).bytes, Failure::kFormat,
+  check_refused(ZipBuilder::build(some_files(), false, end).bytes, Failure::kFormat,
                 "and its end is at byte", __LINE__);
 }
 
@@ -131,14 +132,14 @@ TEST(zip_refuses_an_end_that_lies) {
   REFUSED(zip.put(zip.locator + 8, std::uint64_t{0}), kFormat, "no zip64 end of directory");
   REFUSED(zip.put(zip.locator + 8, std::uint64_t{UINT64_MAX}), kFormat, "not before itself");
   REFUSED(zip.put(zip.end64 + 4, std::uint64_t{45}), kFormat, "no zip64 end of directory");
-  REFUSED(zip.bytes += "x", kFormat, "1 follow the end of the directory");
+  REFUSED(zip.bytes += 'x', kFormat, "1 follow the end of the directory");
   REFUSED(zip.bytes.insert(zip.end64, "x"), kFormat, "no zip64 end of directory");
   REFUSED(zip.bytes.insert(0, "x"), kFormat, "no zip64 end of directory");
 }
 
 TEST(zip_refuses_counts_that_lie) {
   const auto with_count = [](std::uint16_t count) {
-    ZipSample zip = ZipBuilder::build(kFiles, false);
+    ZipSample zip = ZipBuilder::build(some_files(), false);
     zip.put(zip.end + 8, count);
     zip.put(zip.end + 10, count);
     return zip.bytes;
@@ -148,7 +149,7 @@ TEST(zip_refuses_counts_that_lie) {
   check_refused(with_count(4), Failure::kFormat, "too few for its 4 records", __LINE__);
   check_refused(with_count(65535), Failure::kFormat, "too few for its 65535 records", __LINE__);
   const auto with_offset = [](std::uint32_t shift) {
-    ZipSample zip = ZipBuilder::build(kFiles, false);
+    ZipSample zip = ZipBuilder::build(some_files(), false);
     zip.put(zip.end + 16, std::uint32_t(zip.directory) + shift);
     return zip.bytes;
   };
@@ -157,10 +158,10 @@ TEST(zip_refuses_counts_that_lie) {
 }
 
 TEST(zip_refuses_what_precedes_the_first_record) {
-  ZipSample zip = ZipBuilder::build(kFiles, false);
+  ZipSample zip = ZipBuilder::build(some_files(), false);
   zip.bytes.insert(0, "#!/bin/sh\n");
   zip.put(zip.end + 10 + 16, std::uint32_t(zip.directory + 10));
-  for (std::size_t i = 0; i < kFiles.size(); ++i)
+  for (std::size_t i = 0; i < some_files().size(); ++i)
     zip.put(zip.centrals[i] + 10 + 42, std::uint32_t(zip.locals[i] + 10));
   check_refused(zip.bytes, Failure::kFormat, "does not begin with a record", __LINE__);
 }
@@ -186,7 +187,7 @@ TEST(zip_refuses_records_that_lie) {
 
 TEST(zip_refuses_records_that_overlap) {
   const auto with_bytes = [](std::size_t i, std::uint32_t bytes) {
-    ZipSample zip = ZipBuilder::build(kFiles);
+    ZipSample zip = ZipBuilder::build(some_files());
     zip.put(zip.centrals[i] + 20, bytes);
     zip.put(zip.centrals[i] + 24, bytes);
     return zip.bytes;
@@ -211,7 +212,7 @@ TEST(zip_messages_are_text) {
 }
 
 TEST(zip_says_what_is_compressed_and_inflates_nothing) {
-  ZipSample zip = ZipBuilder::build(kFiles);
+  ZipSample zip = ZipBuilder::build(some_files());
   zip.put(zip.centrals[0] + 10, std::uint16_t{8});
   zip.put(zip.locals[0] + 8, std::uint16_t{8});
   zip.put(zip.centrals[0] + 24, std::uint32_t{UINT32_MAX - 1});

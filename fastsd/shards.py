@@ -1,0 +1,126 @@
+"""Large state_dicts in several files, with an index, by Hugging Face's convention."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from fastsd.errors import UnsupportedError
+from fastsd.files import replace_file
+from fastsd.saving import Format, make_plan, write
+
+if TYPE_CHECKING:
+    from fastsd import _core
+
+
+class Names(NamedTuple):
+    """The name of a shard, of the only file with nothing in place of the suffix, and the index."""
+
+    pattern: str
+    index_file: str
+
+
+NAMES: dict[str, Names] = {
+    "fsd": Names("model{suffix}.fsd", "model.fsd.index.json"),
+    "pth": Names("pytorch_model{suffix}.bin", "pytorch_model.bin.index.json"),
+    "safetensors": Names("model{suffix}.safetensors", "model.safetensors.index.json"),
+}
+
+
+class ShardPlan(NamedTuple):
+    """Which tensors go to which file, in the dictionary's order; and the bytes of all of them."""
+
+    files: dict[str, list[str]]
+    total_bytes: int
+
+
+def plan_shards(
+    state_dict: Mapping[str, torch.Tensor], format: Format, max_shard_bytes: int
+) -> ShardPlan:
+    """Splits a state_dict by huggingface_hub's rules.
+
+    A file has at most so many bytes of tensors, or a single tensor that has more. Tensors of one
+    storage stay together. Raises UnsupportedError for a value that is no tensor, and
+    ModuleNotFoundError without huggingface_hub.
+    """
+    try:
+        from huggingface_hub import split_torch_state_dict_into_shards
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "splitting into shards needs huggingface_hub: pip install 'fastsd[hub]'"
+        ) from error
+    if max_shard_bytes <= 0:
+        raise ValueError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
+    others = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise UnsupportedError(f"only tensors can be split into shards, not what is under {others}")
+    pattern = NAMES[format].pattern
+    split = split_torch_state_dict_into_shards(
+        dict(state_dict), filename_pattern=pattern, max_shard_size=max_shard_bytes
+    )
+    if not split.filename_to_tensors:
+        return ShardPlan({pattern.format(suffix=""): []}, 0)
+    files: dict[str, list[str]] = {file: [] for file in sorted(split.filename_to_tensors)}
+    for name in state_dict:
+        files[split.tensor_to_filename[name]].append(name)
+    return ShardPlan(files, int(split.metadata["total_size"]))
+
+
+def write_sharded(
+    state_dict: Mapping[str, torch.Tensor],
+    directory: str | os.PathLike[str],
+    format: Format,
+    max_shard_bytes: int,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    durable: bool = False,
+    checksum: bool = True,
+    lossy: bool = False,
+    dropped: Sequence[_core.Reader] = (),
+) -> list[str]:
+    """Writes a state_dict to files of at most ``max_shard_bytes`` each, and their index.
+
+    Each shard is a dictionary of the same type, with the same `_metadata` and ``metadata``. One
+    that fits a single file has no index. The index comes last; each file appears all at once.
+    What an earlier save under these names would show in its place goes then: its index, or its
+    only file. Other arguments as for `saving.make_plan` and `saving.write`. Returns the files'
+    names. Raises what `plan_shards` and `fastsd.save` raise.
+    """
+    os.makedirs(directory, exist_ok=True)
+    shards = plan_shards(state_dict, format, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for file, names in shards.files.items():
+        path = os.fsencode(os.path.join(directory, file))
+        shard = _select(state_dict, names)
+        plan = make_plan(shard, format, path, metadata, lossy=lossy)
+        write(plan, path, durable=durable, checksum=checksum, dropped=dropped)
+        # safetensors' readers look for every name of the index in its file.
+        left_out = {names[i] for i, _ in plan.tied} if format == "safetensors" else set()
+        weight_map |= {name: file for name in names if name not in left_out}
+    index = os.path.join(directory, NAMES[format].index_file)
+    only = os.path.join(directory, NAMES[format].pattern.format(suffix=""))
+    if len(shards.files) == 1:
+        with suppress(FileNotFoundError):
+            os.unlink(index)
+        return list(shards.files)
+    content = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
+    replace_file(index, json.dumps(content, indent=2).encode() + b"\n", durable=durable)
+    with suppress(FileNotFoundError):
+        os.unlink(only)
+    return [*shards.files, NAMES[format].index_file]
+
+
+def _select(state_dict: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
+    """A part of a dictionary, with its type and attributes."""
+    items = ((name, state_dict[name]) for name in names)
+    if not isinstance(state_dict, OrderedDict):
+        return dict(items)
+    shard = OrderedDict(items)
+    vars(shard).update(vars(state_dict))
+    return shard

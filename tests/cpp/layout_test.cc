@@ -1,0 +1,129 @@
+// Layouts of any plan: the file, buffered or not, is what a stream gets. Their contents are held
+// against zipfile, torch and safetensors in Python.
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "file.h"
+#include "safetensors_layout.h"
+#include "support.h"
+#include "writer.h"
+#include "zip_layout.h"
+
+namespace fastsd::test {
+namespace {
+
+std::unique_ptr<Layout> lay_out_zip(const std::vector<Tensor>& tensors) {
+  Plan plan = make_plan(tensors);
+  plan.finish_apart();
+  const ZipLayout::Records records = {{"data.pkl", std::string(5000, 'p')}, {"empty", ""}};
+  return std::make_unique<ZipLayout>(std::move(plan), "archive", records, 64);
+}
+
+std::unique_ptr<Layout> lay_out_safetensors(const std::vector<Tensor>& tensors) {
+  Plan plan = make_plan(tensors);
+  plan.finish_apart_by_width();
+  return std::make_unique<SafetensorsLayout>(std::move(plan), "");
+}
+
+std::unique_ptr<Layout> lay_out_fsd(const std::vector<Tensor>& tensors) {
+  Plan plan = make_plan(tensors);
+  plan.finish();
+  return std::make_unique<FsdLayout>(std::move(plan), 0, std::vector<std::string>{"cpu"},
+                                     FsdLayout::Sections{});
+}
+
+// Storages that are empty, small, and of several windows, in any order.
+std::vector<Tensor> make_tensors(Random& random, const std::vector<std::byte>& memory) {
+  std::vector<Tensor> tensors;
+  std::uint64_t at = 0;
+  for (int i = 0; at < memory.size(); ++i) {
+    const std::uint64_t sizes[] = {0, random.below(100), random.below(70000),
+                                   random.below(5 << 20U)};
+    const std::uint64_t bytes = std::min(sizes[random.below(4)], memory.size() - at);
+    const auto columns = std::int64_t(bytes / 8 / 5);
+    const bool is_transposed = random.below(5) == 0 && columns > 0;
+    const std::string name = "data/" + std::to_string(i);
+    const std::byte* data = memory.data() + at;
+    if (is_transposed) {
+      tensors.emplace_back(name, DType::kFloat64, data, Dims{5, columns}, Dims{1, 5});
+    } else {
+      tensors.emplace_back(name, DType::kUInt8, data, Dims{std::int64_t(bytes)});
+    }
+    at += bytes;
+  }
+  return tensors;
+}
+
+using LayOut = std::unique_ptr<Layout> (*)(const std::vector<Tensor>& tensors);
+constexpr LayOut kLayOuts[] = {lay_out_fsd, lay_out_zip, lay_out_safetensors};
+
+TEST(layouts_are_the_same_in_files_and_streams) {
+  Random random(51);
+  const Folder folder;
+  const std::vector<std::byte> memory = random.bytes((35 << 20U) + 777);
+  for (const LayOut lay_out_tensors : kLayOuts) {
+    const std::vector<Tensor> tensors = make_tensors(random, memory);
+    const auto write = [&](bool durable) {
+      WriteOptions options;
+      options.durable = durable;
+      write_file(folder.path("x"), *lay_out_tensors(tensors), options, nullptr);
+      return read_whole(folder.path("x"));
+    };
+    const std::unique_ptr<Layout> layout = lay_out_tensors(tensors);
+    checksum_storages(*layout, {}, nullptr);
+    const std::string stream = whole_file(*layout);
+    CHECK(stream == write(false));
+    CHECK(stream == write(true));
+    const Content content(*layout);
+    for (int i = 0; i < 50; ++i) {
+      const std::uint64_t begin = random.below(stream.size() + 1);
+      const std::uint64_t end =
+          begin + random.below(std::min(stream.size() - begin, 1UL << 20U) + 1);
+      std::string part(end - begin, '\xEE');
+      content.gather(begin, end, reinterpret_cast<std::byte*>(part.data()));
+      CHECK(stream.compare(begin, end - begin, part) == 0);
+    }
+  }
+}
+
+// The pages that are dropped are those of the file, which still has them.
+TEST(layouts_of_a_mapped_file_are_the_same_when_pages_are_dropped) {
+  Random random(52);
+  const Folder folder;
+  const std::vector<std::byte> bytes = random.bytes((9 << 20U) + 77);
+  write_whole(folder.path("source"),
+              std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size()));
+  const File file(folder.path("source"));
+  const std::shared_ptr<Memory> memory = Memory::map(file, bytes.size());
+  const std::vector<Tensor> tensors = make_tensors(random, bytes);
+  for (const LayOut lay_out_tensors : kLayOuts) {
+    const std::string wanted = [&] {
+      const std::unique_ptr<Layout> layout = lay_out_tensors(tensors);
+      checksum_storages(*layout, {}, nullptr);
+      return whole_file(*layout);
+    }();
+    std::vector<Tensor> mapped = tensors;
+    for (Tensor& tensor : mapped) tensor.data = memory->data() + (tensor.data - bytes.data());
+    WriteOptions options;
+    options.dropped = {{memory->data(), bytes.size()}};
+    write_file(folder.path("x"), *lay_out_tensors(mapped), options, nullptr);
+    CHECK(read_whole(folder.path("x")) == wanted);
+  }
+}
+
+TEST(layout_of_safetensors_refuses_what_it_cannot_name) {
+  const std::vector<std::byte> memory(64);
+  const auto with = [&](const Tensor& tensor) {
+    return failure_of([&] { return lay_out_safetensors({tensor})->file_bytes(); });
+  };
+  CHECK(with({"x", DType::kFloat32, memory.data(), {3}}) == std::nullopt);
+  CHECK(with({"x", DType::kComplex128, memory.data(), {3}}) == Failure::kUnsupported);
+  CHECK(with({"x", DType::kFloat32, nullptr, {3}}) == Failure::kUnsupported);
+  CHECK(with({"x", DType::kFloat4E2m1fnX2, memory.data(), {}}) == Failure::kUnsupported);
+}
+
+}  // namespace
+}  // namespace fastsd::test

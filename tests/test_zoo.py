@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,10 @@ class Bomb:
 
     def __reduce__(self):
         return self.call
+
+
+def save_legacy(state, path):
+    torch.save(state, path, _use_new_zipfile_serialization=False)
 
 
 class InlineEngine:
@@ -78,7 +83,7 @@ def zoo(tmp_path):
     folder = tmp_path / "zoo"
     (folder / "a").mkdir(parents=True)
     torch.save(STATE, folder / "a/new.pth")
-    torch.save(STATE, folder / "old.pt", _use_new_zipfile_serialization=False)
+    save_legacy(STATE, folder / "old.pt")
     save_file(STATE, folder / "st.safetensors")
     (folder / "README.md").write_text("text")
     return folder
@@ -238,9 +243,9 @@ def test_reports_what_wants_to_be_unpickled_and_runs_none_of_it(run, zoo, out, t
     target = tmp_path / "executed"
     bomb = {**STATE, "x": Bomb(os.mkdir, str(target))}
     torch.save(bomb, zoo / "zip.pth")
-    torch.save(bomb, zoo / "legacy.pth", _use_new_zipfile_serialization=False)
+    save_legacy(bomb, zoo / "legacy.pth")
     (zoo / "plain.pkl").write_bytes(pickle.dumps(bomb))
-    _, summary = run()
+    _, summary = run(to="safetensors")
     failed = {o.name: o for o in summary.select("failed")}
     assert failed.keys() == {"zip.pth", "legacy.pth", "plain.pkl"}
     assert all(outcome.wants_trust for outcome in failed.values())
@@ -251,6 +256,15 @@ def test_reports_what_wants_to_be_unpickled_and_runs_none_of_it(run, zoo, out, t
     assert not target.exists()
     records = {r["name"]: r for r in read_manifest(out)}
     assert records["zip.pth"]["wanted"] == ["posix.mkdir"]
+
+
+def test_carries_pickles_over_without_trust(run, zoo, out, tmp_path):
+    target = tmp_path / "executed"
+    torch.save({**STATE, "x": Bomb(os.mkdir, str(target))}, zoo / "zip.pth")
+    assert run()[0]["zip.pth"] == "done"
+    assert not target.exists()
+    with pytest.raises(pickle.UnpicklingError):
+        fastsd.load(out / "zip.fsd")
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -264,6 +278,70 @@ def test_directories(run, zoo, out):
     assert statuses["run/step1"] == statuses["model.safetensors.index.json"] == "done"
     assert len(statuses) == len(NAMES) + 2
     assert_converted(out / "run/step1.fsd", out / "model.fsd")
+
+
+def test_shards(run, out):
+    assert set(run(max_shard_size=24)[0].values()) == {"done"}
+    assert len(list((out / "st").glob("*.fsd"))) == 2
+    assert_converted(out / "a/new", out / "old", out / "st")
+    assert set(run(max_shard_size=24)[0].values()) == {"skipped"}
+    (out / "st/model.fsd.index.json").unlink()
+    assert run(max_shard_size=24)[0]["st.safetensors"] == "done"
+
+
+ADAM = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+LAYOUTS = {
+    "flat": (STATE, None),
+    "timm": (
+        {"arch": "x", "state_dict": STATE, "state_dict_ema": {}, "optimizer": ADAM},
+        "state_dict",
+    ),
+    "lightning": (
+        {"state_dict": STATE, "pytorch-lightning_version": "2", "optimizer_states": [ADAM]},
+        "state_dict",
+    ),
+    "mmengine": ({"meta": {"epoch": 1}, "state_dict": STATE, "message_hub": {}}, "state_dict"),
+    "detectron2": ({"model": STATE, "optimizer": ADAM, "iteration": 3}, "model"),
+    "training": ({"epoch": 3, "net": STATE, "optimizer": ADAM}, "net"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("to", ["fsd", "pth", "safetensors"])
+def test_weights_of_known_layouts(run, zoo, out, to):
+    for name in NAMES:
+        (zoo / name).unlink()
+    for name, (checkpoint, _) in LAYOUTS.items():
+        torch.save(checkpoint, zoo / f"{name}.ckpt")
+    run(to=to, pick="auto", verify=True)
+    records = {r["name"].removesuffix(".ckpt"): r for r in read_manifest(out)}
+    assert {n: (r["outcome"], r["reason"]) for n, r in records.items()} == dict.fromkeys(
+        LAYOUTS, ("done", "")
+    )
+    found = {name: (r["layout"], r["picked"], r["verified"]) for name, r in records.items()}
+    assert found == {name: (name, pick, True) for name, (_, pick) in LAYOUTS.items()}
+    assert any("optimizer" in key for key in records["timm"]["dropped"])
+    assert_converted(*(out / f"{name}.{to}" for name in LAYOUTS))
+
+
+def test_layouts_that_need_trust(zoo, out):
+    torch.manual_seed(0)
+    module = torch.nn.Linear(2, 3)
+    torch.save({"model": module, "ema": None, "train_args": {}, "epoch": 3}, zoo / "yolo.pt")
+    arrays = {name: tensor.numpy() for name, tensor in STATE.items()}
+    caffe2 = {"model": arrays, "__author__": "me", "matching_heuristics": True}
+    (zoo / "detectron.pkl").write_bytes(pickle.dumps(caffe2))
+    items = {i.name: i for i in plan_zoo(zoo, out, Options("safetensors", pick="auto")).items}
+    for name in ("yolo.pt", "detectron.pkl"):
+        outcome = convert_one(items[name])
+        assert (outcome.status, outcome.wants_trust) == ("failed", True)
+        assert outcome.wanted
+    outcomes = {n: convert_one(replace(items[n], trusted=True)) for n in items}
+    assert {n: o.reason for n, o in outcomes.items()} == dict.fromkeys(items, "")
+    layouts = {n: (o.report.layout, o.report.picked) for n, o in outcomes.items()}
+    assert layouts["yolo.pt"] == ("ultralytics", "model")
+    assert layouts["detectron.pkl"] == ("detectron2", "model")
+    assert_converted(out / "detectron.safetensors")
+    assert torch.equal(fastsd.load(out / "yolo.safetensors")["weight"], module.weight)
 
 
 def test_leftovers_of_a_killed_run_are_cleaned(run, out):
@@ -323,7 +401,7 @@ def test_urls_are_fetched_and_leave_nothing(run, out, memory_url):
 def test_pool(run, zoo, out, tmp_path):
     """Good files, one that kills its process, and one that is trusted: each in its own place."""
     target = tmp_path / "executed"
-    torch.save({**STATE, "x": Bomb(os.mkdir, str(target))}, zoo / "trusted.pth")
+    save_legacy({**STATE, "x": Bomb(os.mkdir, str(target))}, zoo / "trusted.pth")
     (zoo / "deadly.pkl").write_bytes(pickle.dumps(Bomb(os.kill, Self(), signal.SIGKILL)))
     progress = Recorder()
     statuses, summary = run(PoolEngine(jobs=2), progress, trust=True)
@@ -425,7 +503,7 @@ def test_ray(run, zoo, out, tmp_path, monkeypatch):
     target = tmp_path / "executed"
     for name in NAMES[1:]:
         (zoo / name).unlink()
-    torch.save({**STATE, "x": Bomb(os.mkdir, str(target))}, zoo / "trusted.pth")
+    save_legacy({**STATE, "x": Bomb(os.mkdir, str(target))}, zoo / "trusted.pth")
     (zoo / "quits.pkl").write_bytes(pickle.dumps(Bomb(os._exit, 3)))
     progress = Recorder()
     statuses, summary = run(RayEngine(jobs=2), progress, trust=True)

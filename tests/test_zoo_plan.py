@@ -145,6 +145,14 @@ def test_collisions_are_found(zoo, plan):
     assert not any(i.problem for i in plan(keep_suffix=True)[1].items)
 
 
+def test_shards_have_a_directory_of_their_own(zoo, plan):
+    for name in ("x.pth", "y.pth", "y/z.pth"):
+        make(zoo / name)
+    names, found = plan(max_shard_size="1GB")
+    assert names == [("x.pth", "x"), ("y.pth", "y"), ("y/z.pth", "y/z")]
+    assert ["same" in i.problem for i in found.items] == [False, True, False]
+
+
 def test_sharded_checkpoints_are_one_item(zoo, plan):
     make_sharded(zoo / "llm")
     names, found = plan()

@@ -25,7 +25,7 @@ import torch
 
 from fastsd.cli import terminal
 from fastsd.cli.progress import make_progress
-from fastsd.convert import Report, convert
+from fastsd.convert import Report, convert, size_of
 from fastsd.zoo import (
     Engine,
     Options,
@@ -83,7 +83,7 @@ def add_parser(commands: Commands, common: argparse.ArgumentParser) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--to", choices=FORMATS, help="the format; by default as TARGET ends, of a zoo fsd")
-    add("--pick", metavar="KEY", help="take only what stands under this key, such as state_dict")
+    add("--pick", metavar="KEY", help="take what stands under this key; auto finds the weights")
     add("--strip-prefix", metavar="P", help="take P off names that start with it")
     add("--dtype", choices=_DTYPES, help="cast floating point tensors")
     add("--drop-optimizer", action="store_true", help="leave out the state of optimizers")
@@ -144,13 +144,12 @@ def _run_file(args: argparse.Namespace) -> int:
     if os.path.isdir(target):
         target = os.path.join(target, f"{source.stem}.{args.to or FORMATS[0]}")
     start = time.monotonic()
-    nbytes = sum(p.stat().st_size for p in source.iterdir()) if source.is_dir() else 0
-    done = 0
+    nbytes, done = size_of(args.source), 0
 
     def advance(more: int) -> None:
         nonlocal done
         done += more
-        show(done, max(done, nbytes or source.stat().st_size))
+        show(done, max(done, nbytes))
 
     with terminal.Progress(args.progress) as show:
         try:

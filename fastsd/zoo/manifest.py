@@ -119,7 +119,7 @@ def _is_target_same(record: dict[str, Any]) -> bool:
             record["target_nbytes"],
             record["target_stamp"],
         )
-    except (OSError, LookupError, TypeError, ValueError):
+    except (OSError, LookupError, TypeError):
         return False
 
 

@@ -268,13 +268,20 @@ def _name_target(name: str, form: Form, options: Options) -> str:
     if not (match or form is Form.DCP or options.keep_suffix):
         first, suffix = os.path.splitext(stem.removesuffix(".tar"))  # x.pth.tar is usual, too
         stem = first if suffix.lower() in CHECKPOINT_SUFFIXES else stem
-    return str(path.with_name(f"{stem}.{options.to}"))
+    # Shards are written to a directory.
+    suffix = f".{options.to}" if options.max_shard_size is None else ""
+    return str(path.with_name(f"{stem}{suffix}"))
 
 
 def _find_collisions(items: list[PlanItem]) -> list[PlanItem]:
     by_target: dict[str, list[PlanItem]] = defaultdict(list)
     for item in items:
         by_target[item.target].append(item)
+    for item in items:
+        # A directory of shards must not be one of other targets; a file cannot be.
+        for folder in map(str, Path(item.target).parents):
+            if folder in by_target:
+                by_target[folder].append(item)
 
     def complain(item: PlanItem) -> PlanItem:
         others = [other.name for other in by_target[item.target] if other is not item]

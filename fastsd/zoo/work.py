@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
@@ -183,12 +182,8 @@ def _recognise(path: Path) -> Form | None:
 
 
 def list_target(path: Path) -> list[Path]:
-    """The files that a conversion has written: the file or, for shards, the index and all that it
-    names. Raises OSError, and ValueError or LookupError for what is no index."""
-    if path.name.endswith(".index.json"):
-        names = json.loads(path.read_bytes())["weight_map"].values()
-        return [path, *(path.parent / name for name in sorted(set(names)))]
-    return [path]
+    """The files that a conversion has written: one, or all in a directory. Raises OSError."""
+    return sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
 
 
 def stamp_files(paths: list[Path]) -> list[str]:

@@ -3,9 +3,11 @@
 import datetime
 import os
 import pickle
+import resource
 import subprocess
 import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,7 +212,7 @@ def lie_about_lists(metadata):
 
 
 def lie_about_depth(metadata):
-    metadata.planner_data = {"a": ("x",) * 100_000}
+    metadata.planner_data = {"a": ("x",) * 501}
 
 
 def lose_place(metadata):
@@ -251,6 +253,47 @@ def test_metadata_that_lies(tmp_path, change, complaint):
     rewrite(directory, change)
     with pytest.raises(FormatError, match=complaint):
         read_dcp(directory)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\x80\x04}" + b"()" + b"\x85" * 5000 + b"K\x01s.",
+        b"\x80\x04}(K\x00K\x01"
+        + b"t\x94"
+        + b"".join(b"(h%ch%ct\x94" % (i, i) for i in range(60))
+        + b"K\x01s.",
+        b"\x80\x04]r\xff\xff\xff\x7f.",
+        b"\x80\x05\x96" + (1 << 38).to_bytes(8, "little") + b".",
+        b"\x80\x04\x8e" + (1 << 60).to_bytes(8, "little") + b".",
+        b"\x80\x04\x95" + (1 << 60).to_bytes(8, "little") + b"].",
+    ],
+    ids=["deep", "shared", "memo", "bytearray", "bytes", "frame"],
+)
+def test_pickles_that_ask_for_too_much(tmp_path, text):
+    (tmp_path / ".metadata").write_bytes(text)
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), limit[1]))
+    try:
+        with pytest.raises(FormatError):
+            read_dcp(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+
+
+def test_any_byte_of_the_metadata_may_be_damaged(tmp_path):
+    save({"a": torch.ones(5, 3), "b": [torch.ones(1), 3]}, tmp_path)
+    path = tmp_path / ".metadata"
+    text = path.read_bytes()
+    refused = 0
+    for i in range(len(text)):
+        path.write_bytes(text[:i] + bytes([text[i] ^ (1 << i % 8)]) + text[i + 1 :])
+        try:
+            read_dcp(tmp_path)
+        except (FormatError, pickle.UnpicklingError, OSError):
+            refused += 1
+    assert refused > len(text) // 2
 
 
 def test_damage(tmp_path):

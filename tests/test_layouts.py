@@ -7,6 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastsd
+from fastsd.convert import convert
 from fastsd.layouts import Kind, Layout, kinds_of, recognise
 
 T, M, X, V = Kind.TENSOR, Kind.MAPPING, Kind.OBJECT, Kind.VALUE
@@ -158,3 +160,7 @@ def test_a_checkpoint_of_lightning(tmp_path):
     layout = recognise(kinds_of(checkpoint, torch.Tensor), names)
     assert (layout.name, layout.pick, layout.prefix) == ("lightning", "state_dict", "model.")
     assert "optimizer_states" in layout.optimizer
+    convert(tmp_path / "x.ckpt", tmp_path / "x.fsd", pick="auto", strip_prefix=layout.prefix)
+    state = fastsd.load(tmp_path / "x.fsd")
+    assert state.keys() == {"weight", "bias"}
+    assert torch.equal(state["weight"], checkpoint["state_dict"]["model.weight"])

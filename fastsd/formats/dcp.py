@@ -15,7 +15,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -25,6 +25,7 @@ METADATA_NAME = ".metadata"
 SHARD_SUFFIX = ".distcp"
 _METADATA_BYTES_MAX = 1 << 30
 _NESTING_MAX = 500
+_TUPLE_ITEMS_MAX = 1000
 
 
 def read_dcp(directory: str | os.PathLike[str], trust: bool = False) -> dict[str, Any]:
@@ -42,9 +43,10 @@ def read_dcp(directory: str | os.PathLike[str], trust: bool = False) -> dict[str
     try:
         metadata = _read_metadata(path, trust)
         chunks = list(_list_chunks(metadata))
-        paths = metadata.planner_data or {}
-        keys = {name: paths.get(name, (name,)) for name in metadata.state_dict_metadata}
-    except (FormatError, OSError, MemoryError):
+        keys = _find_keys(metadata)
+    except FormatError as error:
+        raise type(error)(error.detail, path=str(path)) from error
+    except (OSError, MemoryError):
         raise
     except Exception as error:
         # Whatever the unpickler and objects that lack what they should have raise.
@@ -59,18 +61,31 @@ def read_dcp(directory: str | os.PathLike[str], trust: bool = False) -> dict[str
 
 def _read_metadata(path: Path, trust: bool) -> Any:
     if path.stat().st_size > _METADATA_BYTES_MAX:
-        raise FormatError(f"is larger than {_METADATA_BYTES_MAX} bytes", path=str(path))
-    with path.open("rb") as file:
-        return _Unpickler(file, trust).load()
+        raise FormatError(f"is larger than {_METADATA_BYTES_MAX} bytes")
+    return _Unpickler(io.BytesIO(path.read_bytes()), trust).load()
 
 
-class _Unpickler(pickle.Unpickler):
+# In Python: the native one takes as much memory as a number in the stream says.
+class _Unpickler(pickle._Unpickler):
     """Finds stand-ins, made for this file alone: a pickle can set attributes of a class, too."""
 
-    def __init__(self, file: io.BufferedReader, trust: bool) -> None:
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
+    del dispatch[pickle.BYTEARRAY8[0]]  # so does this; torch has none
+
+    def __init__(self, file: io.BytesIO, trust: bool) -> None:
         super().__init__(file)
         self._trust = trust
         self._found = _make_stand_ins()
+        self._weights: dict[int, tuple[object, int]] = {}
+
+    def weigh_tuple(self) -> None:
+        """Refuses what as a key of a dictionary would take for ever, or all of the C stack: tuples
+        that refer to one another, or are deep."""
+        made = self.stack[-1]  # type: ignore[attr-defined]
+        weight = 1 + sum(self._weights.get(id(part), (part, 1))[1] for part in made)
+        if weight > _TUPLE_ITEMS_MAX:
+            raise pickle.UnpicklingError(f"it has a tuple of more than {_TUPLE_ITEMS_MAX} items")
+        self._weights[id(made)] = (made, weight)  # kept, so that nothing else gets its identity
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -84,6 +99,18 @@ class _Unpickler(pickle.Unpickler):
             f"it names {module}.{name}, which torch does not write here: load with trust if you "
             "trust who made it"
         )
+
+
+def _weigh(load: Callable[..., None]) -> Callable[[_Unpickler], None]:
+    def load_and_weigh(unpickler: _Unpickler) -> None:
+        load(unpickler)
+        unpickler.weigh_tuple()
+
+    return load_and_weigh
+
+
+for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+    _Unpickler.dispatch[_code[0]] = _weigh(_Unpickler.dispatch[_code[0]])
 
 
 def _make_stand_ins() -> dict[str, Any]:
@@ -116,6 +143,19 @@ def _make_stand_ins() -> dict[str, Any]:
         "Size": lambda sizes=(): tuple(sizes),
         "OrderedDict": dict,
     }
+
+
+def _find_keys(metadata: Any) -> dict[str, tuple[Any, ...]]:
+    """Under which keys each entry was, one inside the other. Raises FormatError."""
+    paths = metadata.planner_data or {}
+    found = {name: paths.get(name, (name,)) for name in metadata.state_dict_metadata}
+    for keys in found.values():
+        is_path = isinstance(keys, tuple) and 0 < len(keys) <= _NESTING_MAX
+        if not (is_path and all(type(key) in (str, int) for key in keys)):
+            raise FormatError(f"has no name, or too long a one: {keys!r:.100}")
+    if len(set(found.values())) < len(found):
+        raise FormatError("has two entries with one name")
+    return found
 
 
 class _Chunk:
@@ -156,7 +196,7 @@ def _list_chunks(metadata: Any) -> Iterator[_Chunk]:
             continue
         yield from (_Chunk(name, entry, part, places[name, part.offsets]) for part in parts)
         # Else there would be memory that nobody has written.
-        if sum(math.prod(part.sizes) for part in parts) != math.prod(entry.size):
+        if not parts or sum(math.prod(p.sizes) for p in parts) != math.prod(entry.size):
             raise FormatError(f"{name!r} is not made of its chunks, or they overlap")
 
 
@@ -283,9 +323,6 @@ def _nest(leaves: dict[tuple[Any, ...], Any], path: Path) -> dict[str, Any]:
     """What was flattened: strings lead into dictionaries, integers into lists."""
     root: dict[Any, Any] = {}
     for keys, value in leaves.items():
-        is_path = isinstance(keys, tuple) and 0 < len(keys) <= _NESTING_MAX
-        if not (is_path and all(type(key) in (str, int) for key in keys)):
-            raise FormatError(f"has no name, or too long a one: {keys!r:.100}", path=str(path))
         node: Any = root
         for key in keys[:-1]:
             node = node.setdefault(key, _Branch())

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from fastsd import _core
 from fastsd.errors import FormatError, TruncatedError
 
 METADATA_NAME = ".metadata"
@@ -253,10 +254,15 @@ def _inside(directory: Path, name: str) -> Path:
 
 def _load(view: _View, chunk: _Chunk, trust: bool) -> Any:
     view.check()
-    if zipfile.is_zipfile(view):
-        with zipfile.ZipFile(view) as records:
-            if any(r.compress_type != zipfile.ZIP_STORED for r in records.infolist()):
-                raise FormatError(f"{chunk.name!r} is compressed, which torch never writes")
+    with zipfile.ZipFile(view) as records:
+        if any(r.compress_type != zipfile.ZIP_STORED for r in records.infolist()):
+            raise FormatError(f"{chunk.name!r} is compressed, which torch never writes")
+        pickles = [name for name in records.namelist() if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise FormatError(f"{chunk.name!r} is not what torch.save writes")
+        problem = _core.find_bad_nesting(records.read(pickles[0]))
+    if problem is not None:
+        raise FormatError(f"{chunk.name!r} cannot be unpickled: {problem}")
     view.seek(0)
     value = torch.load(view, map_location="cpu", weights_only=chunk.is_tensor or not trust)  # type: ignore[arg-type]
     if chunk.is_tensor and not (

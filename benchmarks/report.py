@@ -26,12 +26,20 @@ class Row:
     torch_target: float | None = None
     safetensors_target: float | None = None
     against: str = ""  # the group of the others' work, where it is not the row's own
+    ours: str = "fastsd"  # the contender that is held against the others
+
+    def contender(self, column: str) -> str:
+        """Return the contender that a column stands for in this row."""
+        return self.ours if column == "fastsd" else column
 
 
+_THEIRS = "fastsd-safetensors"
 ROWS = (
     Row("load", "big", "load call", "torch-mmap", 100, 30),
     Row("load", "20000", "load call", "torch-mmap", 100, 25),
     Row("load", "10", "load call", "torch-mmap", 25, 6),
+    Row("load", "big", "load call, torch's file", "torch-mmap", 30, ours="fastsd-pt"),
+    Row("load", "big", "load call, safetensors' file", "torch-mmap", None, 20, ours=_THEIRS),
     Row("touch", "big", "load + touch", "torch", 6, 1.1),
     Row("into", "big", "load_into", "torch", 3, 1.05),
     Row("assign", "big", "load_into assign / copy", "torch", None, 20, against="into"),
@@ -45,6 +53,11 @@ ROWS = (
     Row("load", "module", "load call", "torch-mmap", 1),
     Row("save", "module", "save", "torch", 1),
     Row("load", "1000", "load call", "torch-mmap"),
+    Row("load", "1000", "load call, torch's file", "torch-mmap", ours="fastsd-pt"),
+    Row("load", "1000", "load call, safetensors' file", "torch-mmap", ours=_THEIRS),
+    Row("load", "20000", "load call, torch's file", "torch-mmap", ours="fastsd-pt"),
+    Row("load", "20000", "load call, safetensors' file", "torch-mmap", ours=_THEIRS),
+    Row("load", "adamw", "load call, torch's file", "torch-mmap", ours="fastsd-pt"),
     Row("touch", "1000", "load + touch", "torch"),
     Row("into", "1000", "load_into", "torch"),
     Row("assign", "1000", "load_into assign", "torch-mmap"),
@@ -63,6 +76,13 @@ LIMIT_ROWS = (
     ("write-fsync", "one big buffered write, fsync", ("durable", "fastsd")),
     ("write-direct", "one big direct write, fsync", ("durable", "fastsd")),
 )
+CONVERSIONS = (
+    ("pt-fsd", "torch's file to .fsd"),
+    ("fsd-pt", ".fsd to torch's file"),
+    ("pt-safetensors", "torch's file to safetensors"),
+    ("safetensors-fsd", "safetensors to .fsd"),
+)
+CONVERSION_TARGET = 0.9
 OTHER_WAYS = (
     ("fastsd-read", "fastsd.load(mmap=False), touch every byte"),
     ("fastsd-verify", 'fastsd.load(verify="checksums"), touch every byte'),
@@ -93,18 +113,18 @@ class Results:
     def row_seconds(self, place: str, row: Row, contender: str) -> float | None:
         """Return the median that a row shows for a contender."""
         group = row.group if contender == "fastsd" else row.against or row.group
-        return self.seconds(place, group, row.case, contender)
+        return self.seconds(place, group, row.case, row.contender(contender))
 
     def ratio(self, place: str, row: Row, contender: str) -> float | None:
         """Return how many times faster than ``contender`` fastsd is."""
-        ours = self.seconds(place, row.group, row.case, "fastsd")
+        ours = self.row_seconds(place, row, "fastsd")
         theirs = self.row_seconds(place, row, contender)
         return theirs / ours if ours and theirs else None
 
     def has(self, row: Row) -> bool:
         """Tell whether any of the row was measured."""
         return any(
-            self.seconds(place, row.group, row.case, contender)
+            self.seconds(place, row.group, row.case, row.contender(contender))
             for place in self.places
             for contender in CONTENDERS
         )
@@ -210,6 +230,21 @@ def build_limits(results: Results) -> list[list[str]]:
     return table if len(table) > 1 else []
 
 
+def build_conversions(results: Results) -> list[list[str]]:
+    """Return what conversions take beside `cp` of a file with the same tensors."""
+    table = [["convert", "where", "ms", "cp", "x cp", "target", ""]]
+    for contender, title in CONVERSIONS:
+        for place, label in results.places.items():
+            seconds = results.seconds(place, "convert", "big", contender)
+            copy = results.seconds(place, "convert", "big", "cp")
+            if seconds is not None and copy is not None:
+                target = None if results.machine["quick"] else CONVERSION_TARGET
+                reached = format_target(copy / seconds, target)
+                ratio = format_ratio(copy / seconds)
+                table.append([title, label, format_ms(seconds), format_ms(copy), ratio, *reached])
+    return table if len(table) > 1 else []
+
+
 def build_other_ways(results: Results) -> list[list[str]]:
     """Return what fastsd's other ways of loading take."""
     table = [["other ways to load", "dictionary", "where", "ms", "GB/s"]]
@@ -278,9 +313,15 @@ NOTES = (
 )
 
 
+def build_tables(results: Results) -> list[list[list[str]]]:
+    """Return all tables; those of which nothing was measured are empty."""
+    builders = (build_table, build_conversions, build_limits, build_other_ways)
+    return [build(results) for build in builders]
+
+
 def build_text(results: Results) -> str:
     """Return what ``make bench`` prints."""
-    tables = (build_table(results), build_limits(results), build_other_ways(results))
+    tables = build_tables(results)
     parts = [describe_machine(results), *(align(table) for table in tables if table)]
     notes = [*(note.replace("`", "") for note in NOTES), describe_noise(results)]
     return "\n\n".join([*parts, "\n".join(notes)])
@@ -288,7 +329,7 @@ def build_text(results: Results) -> str:
 
 def build_markdown(results: Results, date: str) -> str:
     """Return the same as a markdown page."""
-    tables = (build_table(results), build_limits(results), build_other_ways(results))
+    tables = build_tables(results)
     parts = [f"# Measured on {date}", describe_machine(results)]
     parts += [as_markdown(table) for table in tables if table]
     notes = [f"- {note}" for note in (*NOTES, describe_noise(results))]

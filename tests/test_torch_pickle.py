@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import pickle
 import re
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from same import PLAIN_DTYPES, assert_same, filled
 from torch import nn
 

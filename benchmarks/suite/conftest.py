@@ -24,7 +24,7 @@ from bench import Spec, Workshop
 from cases import CASES, QUICK
 from places import find_places
 
-GROUPS = ("save", "durable", "load", "touch", "into", "assign", "limits")
+GROUPS = ("save", "durable", "convert", "load", "touch", "into", "assign", "limits")
 PLACES = find_places()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,9 @@ LOADERS = {
     "torch": Loader("pt", torch.load),
     "torch-mmap": Loader("pt", lambda path: torch.load(path, mmap=True)),
     "safetensors": Loader("safetensors", load_file),
+    # The others' own files, read by fastsd:
+    "fastsd-pt": Loader("pt", fastsd.load),
+    "fastsd-safetensors": Loader("safetensors", fastsd.load),
     # fastsd's other ways, for comparison with its default:
     "fastsd-read": Loader("fsd", lambda path: fastsd.load(path, mmap=False)),
     "fastsd-verify": Loader("fsd", lambda path: fastsd.load(path, verify="checksums")),
@@ -93,6 +97,26 @@ ASSIGNERS = {
     "safetensors": Filler(
         "safetensors", lambda model, path: model.load_state_dict(load_file(path), assign=True)
     ),
+}
+
+
+@dataclass(frozen=True)
+class Converter:
+    """Makes a file of format ``target`` from one of format ``source``."""
+
+    source: str
+    target: str
+    convert: Callable[[Path, Path], object]
+
+
+CONVERTERS = {
+    "cp": Converter(
+        "pt", "pt", lambda source, path: subprocess.run(["cp", source, path], check=True)
+    ),
+    "pt-fsd": Converter("pt", "fsd", fastsd.convert),
+    "fsd-pt": Converter("fsd", "pt", fastsd.convert),
+    "pt-safetensors": Converter("pt", "safetensors", fastsd.convert),
+    "safetensors-fsd": Converter("safetensors", "fsd", fastsd.convert),
 }
 
 SAVERS = {

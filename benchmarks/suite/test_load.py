@@ -14,6 +14,8 @@ from contenders import ASSIGNERS, FILLERS, LOADERS, MODULE_LOADERS, Loader, Stat
 from measure import same_bits, start_afresh, touch
 
 DEFAULTS = ["fastsd", "torch", "torch-mmap", "safetensors"]
+TOUCHERS = [*DEFAULTS, "fastsd-read", "fastsd-verify"]
+CALLS = [*DEFAULTS, "fastsd-pt", "fastsd-safetensors"]
 
 
 def measure_calls(benchmark: Any, spec: Spec, call: Callable[[], object]) -> None:
@@ -41,13 +43,13 @@ def measure_load_calls(benchmark: Any, spec: Spec, workshop: Workshop, loader: L
     measure_calls(benchmark, spec, lambda: loader.load(path))
 
 
-@pytest.mark.matrix(group="load", cases=DICTIONARIES, contenders=DEFAULTS)
+@pytest.mark.matrix(group="load", cases=DICTIONARIES, contenders=CALLS)
 def test_load_call(spec: Spec, workshop: Workshop, benchmark: Any) -> None:
     """The call alone: tensors exist afterwards, whether or not their bytes have been read."""
     measure_load_calls(benchmark, spec, workshop, LOADERS[spec.contender])
 
 
-@pytest.mark.matrix(group="load", cases=["adamw"], contenders=list(MODULE_LOADERS))
+@pytest.mark.matrix(group="load", cases=["adamw"], contenders=[*MODULE_LOADERS, "fastsd-pt"])
 def test_load_call_of_checkpoint(spec: Spec, workshop: Workshop, benchmark: Any) -> None:
     """The same, of a nested checkpoint, which safetensors has no form for."""
     measure_load_calls(benchmark, spec, workshop, LOADERS[spec.contender])
@@ -59,7 +61,7 @@ def test_load_call_of_module(spec: Spec, workshop: Workshop, benchmark: Any) -> 
     measure_load_calls(benchmark, spec, workshop, MODULE_LOADERS[spec.contender])
 
 
-@pytest.mark.matrix(group="touch", cases=["big", "1000"], contenders=list(LOADERS))
+@pytest.mark.matrix(group="touch", cases=["big", "1000"], contenders=TOUCHERS)
 def test_load_and_touch(spec: Spec, workshop: Workshop, benchmark: Any) -> None:
     """The call, and then reading every byte once."""
     loader = LOADERS[spec.contender]

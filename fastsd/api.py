@@ -304,12 +304,11 @@ def open(f: PathOrFile, device: torch.device | str = CPU, *, mmap: bool | None =
     `load` raises.
     """
     with open_any(f, mmap) as opened:
-        readers = opened.readers
         if opened.source is not None:
-            readers = [
-                _rewrite(_load_through_torch(opened.source, CPU, pickled.Unpickling(), None))
-            ]
-        return Archive(readers, _merge_metadata(readers), device)
+            obj = _load_through_torch(opened.source, CPU, pickled.Unpickling(), None)
+            path = opened.source.name
+            return Archive([_rewrite(obj, path)], {}, device, legacy_path=path)
+        return Archive(opened.readers, _merge_metadata(opened.readers), device)
 
 
 def _merge_metadata(readers: list[_core.Reader]) -> dict[str, str]:
@@ -319,9 +318,10 @@ def _merge_metadata(readers: list[_core.Reader]) -> dict[str, str]:
     return merged
 
 
-def _rewrite(obj: object) -> _core.Reader:
-    """An archive in memory, of what torch had to load."""
+def _rewrite(obj: object, path: str) -> _core.Reader:
+    """An archive in memory, of what torch had to load from a file."""
     stream = BytesIO()
+    stream.name = path  # what messages call it
     write(make_plan(obj, "fsd", None), stream, checksum=False)
     stream.seek(0)
     with open_any(stream, None) as opened:

@@ -35,8 +35,8 @@ class TensorInfo:
 
     ``stride`` and ``storage_offset`` count items, ``nbytes`` the bytes of all elements; tensors
     with the same ``storage`` share memory. ``file_offset`` is where the storage starts in the
-    file ``path``, wherever in it the archive does, and ``crc32c`` its checksum, None if it was
-    saved without, or in a container that has another kind or none.
+    file ``path``, wherever in it the archive does. ``has_checksum``: `Archive.verify` checks it;
+    ``crc32c`` is the checksum if it is one of that kind, as in .fsd files.
     """
 
     name: str
@@ -50,6 +50,7 @@ class TensorInfo:
     storage_offset: int
     storage_nbytes: int
     file_offset: int
+    has_checksum: bool
     crc32c: int | None
     path: str
 
@@ -107,7 +108,10 @@ class Archive(Mapping[str, torch.Tensor]):
         readers: Sequence[_core.Reader],
         metadata: Mapping[str, str],
         device: torch.device | str = CPU,
+        *,
+        legacy_path: str | None = None,
     ) -> None:
+        self._legacy_path = legacy_path  # of what torch has read, and is in memory now
         self._readers: list[_core.Reader] = list(readers)  # one a file; none once it is closed
         self._metadata = metadata
         self._device = torch.device(device)
@@ -162,6 +166,7 @@ class Archive(Mapping[str, torch.Tensor]):
             storage_offset=record.storage_offset,
             storage_nbytes=storage.nbytes,
             file_offset=storage.offset,
+            has_checksum=storage.checksum is not None,
             crc32c=storage.checksum if self._readers[file].format == "fsd" else None,
             path=self._readers[file].name,
         )
@@ -174,12 +179,15 @@ class Archive(Mapping[str, torch.Tensor]):
     @property
     def files(self) -> tuple[str, ...]:
         """The files that it is in: one, or one for each shard. None once it is closed."""
+        if self._legacy_path is not None and self._readers:
+            return (self._legacy_path,)
         return tuple(reader.name for reader in self._readers)
 
     @property
     def format(self) -> str:
-        """What the files are: "fsd", "pth" (torch.save's zip files) or "safetensors"."""
-        return self._open_readers()[0].format
+        """What the files are: "fsd", "pth" (torch.save's zip files), "safetensors", or "legacy",
+        which torch had to read."""
+        return "legacy" if self._legacy_path is not None else self._open_readers()[0].format
 
     @property
     def is_plain(self) -> bool:
@@ -196,7 +204,7 @@ class Archive(Mapping[str, torch.Tensor]):
     def version(self) -> tuple[int, int] | None:
         """The version of the .fsd container, major and minor; None for other formats."""
         reader = self._open_readers()[0]
-        return reader.version if reader.format == "fsd" else None
+        return reader.version if self.format == "fsd" else None
 
     def get_slice(self, name: str) -> TensorSlice:
         """The tensor as something to be indexed, so that only a part of it is read."""

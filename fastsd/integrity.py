@@ -11,6 +11,7 @@ from typing import Literal
 
 from fastsd import api
 from fastsd.errors import ChecksumError, FastsdError
+from fastsd.formats.dcp import METADATA_NAME, SHARD_SUFFIX
 from fastsd.summary import format_of
 
 PathLike = str | os.PathLike[str]
@@ -68,7 +69,7 @@ def verify_file(path: PathLike, *, is_certain: bool = True) -> FileCheck:
         with api.open(path) as archive:
             known = replace(known, format=format_of(archive), tensors=len(archive))
             if known.path.endswith(_INDEX_SUFFIX):
-                known = replace(known, shards=list(getattr(archive, "files", ())))
+                known = replace(known, shards=list(archive.files))
             if known.shards and not is_certain:
                 return known
             report = archive.verify()
@@ -95,6 +96,10 @@ def verify_tree(path: PathLike) -> Iterator[FileCheck]:
     unreadable: list[OSError] = []
     for folder, folders, names in os.walk(path, onerror=unreadable.append):
         folders.sort()
+        if METADATA_NAME in names and any(name.endswith(SHARD_SUFFIX) for name in names):
+            error = "is one of torch.distributed.checkpoint, which has no checksums"
+            yield FileCheck(folder, "skipped", error=error)
+            continue
         for name in sorted(names):
             file = os.path.join(folder, name)
             try:

@@ -105,7 +105,7 @@ def summarize(path: str | os.PathLike[str]) -> Summary:
 
 def format_of(archive: Archive) -> str:
     """The name of an archive's format."""
-    return getattr(archive, "format", "fsd")
+    return archive.format
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -114,7 +114,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def _lacks_checksum(info: TensorInfo) -> bool:
-    return info.crc32c is None and info.storage_nbytes > 0 and info.device != "meta"
+    return not info.has_checksum and info.storage_nbytes > 0 and info.device != "meta"
 
 
 def _find_shared(infos: Iterable[TensorInfo]) -> list[TensorSummary]:

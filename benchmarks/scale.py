@@ -1,7 +1,7 @@
 """How opening grows with the number of tensors: the header sets the cost, not the data.
 
-Files are sparse: their headers are real, their data holes, so that 100 GB take no room. Each size is
-measured in a process of its own.
+Files are sparse: their headers are real, their data holes, so that 100 GB take no room. Each size
+is measured in a process of its own.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ def measure(path: str) -> dict[str, Any]:
     """Open a file, list its names, look at one tensor; return seconds and memory."""
     import fastsd
 
-    fastsd.load  # noqa: B018: what is imported lazily is imported now
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     archive = fastsd.open(path)

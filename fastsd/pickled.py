@@ -177,6 +177,14 @@ def _is_set(variable: str) -> bool:
     return os.getenv(variable, "0").lower() in ("1", "y", "yes", "true")
 
 
+def is_turned_by_default(reader: _core.Reader) -> bool:
+    """Whether a file does not say its byte order, and torch has been told that it is big then."""
+    is_unsaid = reader.format == "pth" and reader.section(fsd.Section.BYTE_ORDER) is None
+    return is_unsaid and (
+        serialization.get_default_load_endianness() == serialization.LoadEndianness.BIG
+    )
+
+
 def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling) -> Any:
     """The object of a stream; its storages are views of the file, or have been read.
 
@@ -380,16 +388,17 @@ class _Records:
     def __init__(self, reader: _core.Reader, stream: bytes) -> None:
         self._reader = reader
         self._stream = stream
+        self._byte_order = reader.section(fsd.Section.BYTE_ORDER)
+        if reader.format == "fsd":
+            self._byte_order = b"little"
         self._places = reader.storage_places()
         self._storages: dict[str, torch.Tensor] | None = None
 
     def has_record(self, name: str) -> bool:
-        return name in ("byteorder", _STREAM)
+        return name == _STREAM or (name == "byteorder" and self._byte_order is not None)
 
     def get_record(self, name: str) -> bytes:
-        if name == "byteorder":
-            return self._reader.section(fsd.Section.BYTE_ORDER) or b"little"
-        return self._stream
+        return (self._byte_order or b"") if name == "byteorder" else self._stream
 
     def get_storage_from_record(self, name: str, nbytes: int, dtype: Any) -> torch.Tensor:
         """All bytes of a storage, as a tensor whose own storage holds nothing else."""

@@ -70,7 +70,7 @@ def restore_through_torch(source: Source, map_location: Any, how: pickled.Unpick
 def _needs_unpickling(reader: _core.Reader, how: pickled.Unpickling) -> bool:
     """Whether an unpickler has to read it: a plain pickle only if another one than Python's is
     asked for, or with other arguments."""
-    if not reader.is_plain:
+    if not reader.is_plain or pickled.is_turned_by_default(reader):
         return True
     is_special = how.pickle_module is not None or bool(how.load_args)
     return is_special and reader.section(fsd.Section.PICKLE) is not None

@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import struct
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -161,12 +162,10 @@ def is_restricted(how: Unpickling) -> bool:
     if how.weights_only is not None:
         return how.weights_only
     if must_not:
-        warnings.warn(
+        _warn(
             "Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected, since the "
             "`weights_only` argument was not explicitly passed to `fastsd.load`, forcing "
-            "weights_only=False.",
-            UserWarning,
-            stacklevel=5,
+            "weights_only=False."
         )
         return False
     # An explicit pickle module is for what the restricted unpickler cannot read.
@@ -175,6 +174,16 @@ def is_restricted(how: Unpickling) -> bool:
 
 def _is_set(variable: str) -> bool:
     return os.getenv(variable, "0").lower() in ("1", "y", "yes", "true")
+
+
+def _warn(message: str) -> None:
+    """Warns whoever has called fastsd."""
+    level = 1
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("fastsd."):
+        level += 1
+        frame = frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def is_turned_by_default(reader: _core.Reader) -> bool:
@@ -197,7 +206,7 @@ def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling
         serialization._check_dill_version(module)
         return serialization._load(records, map_location, module, **load_args)
     if how.load_args:
-        warnings.warn("pickle_load_args only works if `weights_only=False`.", stacklevel=4)
+        _warn("pickle_load_args only works if `weights_only=False`.")
     try:
         problem = _core.find_bad_nesting(stream)
         if problem:

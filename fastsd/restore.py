@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -109,8 +110,15 @@ def _restore_whole(reader: _core.Reader, map_location: Any, how: pickled.Unpickl
         stream = reader.section(fsd.Section.PICKLE)
         assert stream is not None
         return pickled.load(reader, stream, map_location, how)
-    try:
+    with _naming(reader):
         return _restore_plain(reader, find_restore(map_location, reader.devices))
+
+
+@contextmanager
+def _naming(reader: _core.Reader) -> Iterator[None]:
+    """Errors of fastsd name the file; those of a ``map_location`` are torch's own."""
+    try:
+        yield
     except FormatError as error:
         error.path = reader.name
         raise
@@ -130,12 +138,9 @@ def _restore_chosen(
     reader: _core.Reader, map_location: Any, choice: Choice
 ) -> dict[str, torch.Tensor]:
     """Chosen tensors under their new names, with the `_metadata` of their modules."""
-    try:
+    with _naming(reader):
         restore = find_restore(map_location, reader.devices)
         tensors = load_tensors(reader, restore, choice.numbers)
-    except FormatError as error:
-        error.path = reader.name
-        raise
     text = reader.section(fsd.Section.TREE)
     prefix = choice.rules.prefix
     if text is None:

@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import struct
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -161,12 +162,10 @@ def is_restricted(how: Unpickling) -> bool:
     if how.weights_only is not None:
         return how.weights_only
     if must_not:
-        warnings.warn(
+        _warn(
             "Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected, since the "
             "`weights_only` argument was not explicitly passed to `fastsd.load`, forcing "
-            "weights_only=False.",
-            UserWarning,
-            stacklevel=5,
+            "weights_only=False."
         )
         return False
     # An explicit pickle module is for what the restricted unpickler cannot read.
@@ -175,6 +174,24 @@ def is_restricted(how: Unpickling) -> bool:
 
 def _is_set(variable: str) -> bool:
     return os.getenv(variable, "0").lower() in ("1", "y", "yes", "true")
+
+
+def _warn(message: str) -> None:
+    """Warns whoever has called fastsd."""
+    level = 1
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("fastsd."):
+        level += 1
+        frame = frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def is_turned_by_default(reader: _core.Reader) -> bool:
+    """Whether a file does not say its byte order, and torch has been told that it is big then."""
+    is_unsaid = reader.format == "pth" and reader.section(fsd.Section.BYTE_ORDER) is None
+    return is_unsaid and (
+        serialization.get_default_load_endianness() == serialization.LoadEndianness.BIG
+    )
 
 
 def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling) -> Any:
@@ -189,7 +206,7 @@ def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling
         serialization._check_dill_version(module)
         return serialization._load(records, map_location, module, **load_args)
     if how.load_args:
-        warnings.warn("pickle_load_args only works if `weights_only=False`.", stacklevel=4)
+        _warn("pickle_load_args only works if `weights_only=False`.")
     try:
         problem = _core.find_bad_nesting(stream)
         if problem:
@@ -380,16 +397,17 @@ class _Records:
     def __init__(self, reader: _core.Reader, stream: bytes) -> None:
         self._reader = reader
         self._stream = stream
+        self._byte_order = reader.section(fsd.Section.BYTE_ORDER)
+        if reader.format == "fsd":
+            self._byte_order = b"little"
         self._places = reader.storage_places()
         self._storages: dict[str, torch.Tensor] | None = None
 
     def has_record(self, name: str) -> bool:
-        return name in ("byteorder", _STREAM)
+        return name == _STREAM or (name == "byteorder" and self._byte_order is not None)
 
     def get_record(self, name: str) -> bytes:
-        if name == "byteorder":
-            return self._reader.section(fsd.Section.BYTE_ORDER) or b"little"
-        return self._stream
+        return (self._byte_order or b"") if name == "byteorder" else self._stream
 
     def get_storage_from_record(self, name: str, nbytes: int, dtype: Any) -> torch.Tensor:
         """All bytes of a storage, as a tensor whose own storage holds nothing else."""

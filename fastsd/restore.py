@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -70,7 +71,7 @@ def restore_through_torch(source: Source, map_location: Any, how: pickled.Unpick
 def _needs_unpickling(reader: _core.Reader, how: pickled.Unpickling) -> bool:
     """Whether an unpickler has to read it: a plain pickle only if another one than Python's is
     asked for, or with other arguments."""
-    if not reader.is_plain:
+    if not reader.is_plain or pickled.is_turned_by_default(reader):
         return True
     is_special = how.pickle_module is not None or bool(how.load_args)
     return is_special and reader.section(fsd.Section.PICKLE) is not None
@@ -109,8 +110,15 @@ def _restore_whole(reader: _core.Reader, map_location: Any, how: pickled.Unpickl
         stream = reader.section(fsd.Section.PICKLE)
         assert stream is not None
         return pickled.load(reader, stream, map_location, how)
-    try:
+    with _naming(reader):
         return _restore_plain(reader, find_restore(map_location, reader.devices))
+
+
+@contextmanager
+def _naming(reader: _core.Reader) -> Iterator[None]:
+    """Errors of fastsd name the file; those of a ``map_location`` are torch's own."""
+    try:
+        yield
     except FormatError as error:
         error.path = reader.name
         raise
@@ -130,12 +138,9 @@ def _restore_chosen(
     reader: _core.Reader, map_location: Any, choice: Choice
 ) -> dict[str, torch.Tensor]:
     """Chosen tensors under their new names, with the `_metadata` of their modules."""
-    try:
+    with _naming(reader):
         restore = find_restore(map_location, reader.devices)
         tensors = load_tensors(reader, restore, choice.numbers)
-    except FormatError as error:
-        error.path = reader.name
-        raise
     text = reader.section(fsd.Section.TREE)
     prefix = choice.rules.prefix
     if text is None:

@@ -40,7 +40,7 @@ class Shards(NamedTuple):
 def find_shards(path: str) -> Shards:
     """What a directory holds: the files of an index, or the one file with a usual name.
 
-    Raises FileNotFoundError for a directory without either, and FormatError for one with several
+    Raises IsADirectoryError for a directory without either, and FormatError for one with several
     indexes, and as `read_index` does.
     """
     directory = Path(path)
@@ -56,8 +56,8 @@ def find_shards(path: str) -> Shards:
     if others:
         names = ", ".join(index.name for index in others)
         raise FormatError(f"holds several indexes: name one of {names}", path=path)
-    raise FileNotFoundError(
-        errno.ENOENT,
+    raise IsADirectoryError(
+        errno.EISDIR,
         "a directory without an index of shards (*.index.json) or a file with a usual name "
         f"({_WEIGHTS[1]}, {_WEIGHTS[2]}...)",
         path,

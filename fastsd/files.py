@@ -272,21 +272,21 @@ def write_stream(
     *,
     durable: bool,
     checksum: bool,
-    dropped: Sequence[_core.Reader] = (),
+    mapped: Sequence[_core.MappedFile] = (),
 ) -> None:
     """Writes a plan to a file object from where it stands, using ``write`` and, if it has one,
     ``flush``.
 
-    Pages of the mappings of ``dropped`` are dropped as soon as they have been written: see
-    `_core.Plan.write`. With ``durable``, which takes a file that has a descriptor, it is on its
-    device when this returns. Raises what the object raises.
+    What lies in the memory of ``mapped`` is read from the files: see `_core.Plan.write`. With
+    ``durable``, which takes a file that has a descriptor, it is on its device when this returns.
+    Raises what the object raises.
     """
     descriptor = f.fileno() if durable else -1  # raises before anything is written
-    plan.prepare(checksum, dropped)
+    plan.prepare(checksum, mapped)
     slab = memoryview(bytearray(min(_WRITE_BYTES, plan.file_bytes)))
     for begin in range(0, plan.file_bytes, _WRITE_BYTES):
         part = slab[: min(_WRITE_BYTES, plan.file_bytes - begin)]
-        plan.gather(begin, part, dropped)
+        plan.gather(begin, part, mapped)
         _write_all(f, part)
     if hasattr(f, "flush"):
         f.flush()

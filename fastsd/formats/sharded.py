@@ -79,6 +79,8 @@ def read_index(path: str) -> Shards:
     if strange is not None:
         raise FormatError(f'the index gives no file name for "{strange}"', path=path)
     names = dict.fromkeys(tensors.values())
+    if not names:
+        raise FormatError("the index names no files", path=path)
     if len(names) > _FILES_MAX:
         raise LimitError(f"the index names {len(names)} files, more than {_FILES_MAX}", path=path)
     places = {name: _check_within(Path(path).parent, name, path) for name in names}

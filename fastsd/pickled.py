@@ -19,7 +19,7 @@ import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -215,11 +215,11 @@ def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling
             return _load_sparse(records, map_location, load_args)
         return serialization._load(records, map_location, _weights_only_unpickler, **load_args)
     except pickle.UnpicklingError as error:
-        raise pickle.UnpicklingError(_explain(reader.name, str(error))) from None
+        raise pickle.UnpicklingError(explain(reader.name, str(error))) from None
     except (MemoryError, OSError):
         raise
     except Exception as error:
-        if not _is_from_torch(error):
+        if not _is_from_unpickling(error):
             raise  # what a map_location, or a class that was declared safe, has to say
         if type(error) in (RuntimeError, ValueError):
             raise type(error)(f"{reader.name}: {error}") from error
@@ -229,12 +229,17 @@ def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling
         raise pickle.UnpicklingError(f"{reader.name}: {detail}") from error
 
 
-def _is_from_torch(error: BaseException) -> bool:
+def _is_from_unpickling(error: BaseException) -> bool:
     """Whether it was raised in torch's unpickling itself, rather than in what that has called."""
+    return find_origin(error) in _UNPICKLING
+
+
+def find_origin(error: BaseException) -> str:
+    """The module whose code has raised an error."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
-    return place is not None and place.tb_frame.f_globals.get("__name__") in _UNPICKLING
+    return "" if place is None else place.tb_frame.f_globals.get("__name__", "")
 
 
 _UNPICKLING = {"torch._weights_only_unpickler", "torch.serialization", "torch._utils", __name__}
@@ -243,37 +248,62 @@ _UNPICKLING = {"torch._weights_only_unpickler", "torch.serialization", "torch._u
 def _load_sparse(records: _Records, map_location: Any, load_args: dict[str, Any]) -> Any:
     while True:
         try:
-            return serialization._load(records, map_location, _Restricted, **load_args)
-        except _ListClearedError:
+            module = make_restricted_module(SparseTensors.check)
+            return serialization._load(records, map_location, module, **load_args)
+        except ListClearedError:
             pass
 
 
-class _ListClearedError(Exception):
+class ListClearedError(Exception):
     """Another thread's load has cleared the list of sparse tensors that are to be checked."""
 
 
-class _Unpickler(_weights_only_unpickler.Unpickler):
-    """torch's restricted unpickler, which leaves sparse tensors unchecked unless it is told to.
+class SparseTensors(list[torch.Tensor]):
+    """Those that an unpickler has made: torch's own leaves them unchecked unless it is told to.
 
     Their indices may then lie outside of them, and what uses them would write anywhere. torch lists
     them for all threads together, and each load of each thread clears the list when it is done.
     """
 
-    def load(self) -> Any:
-        listed = torch._utils._sparse_tensors_to_validate
-        marker = torch.empty(0, layout=torch.sparse_coo, device=CPU)
-        listed.append(marker)
-        try:
-            obj = super().load()  # type: ignore[no-untyped-call]
-            found = list(listed)
-            if all(tensor is not marker for tensor in found):
-                raise _ListClearedError
-            if not (skips_data() or fakes_tensors()):
-                for tensor in found:
-                    _check_sparse(tensor)
-            return obj
-        finally:
-            listed.clear()  # or else the next file would have to answer for them
+    def check(self) -> None:
+        """Raises RuntimeError for one with indices beyond it."""
+        if not (skips_data() or fakes_tensors()):
+            for tensor in self:
+                _check_sparse(tensor)
+
+
+def make_restricted_module(
+    take: Callable[[SparseTensors], None], prepare: Callable[[Any], None] = lambda file: None
+) -> Any:
+    """What torch takes for a module to unpickle with: its restricted unpickler, which hands over
+    the sparse tensors that it has made, and has a file prepared before it reads it.
+
+    It raises ListClearedError where it has to be called again.
+    """
+
+    class Unpickler(_weights_only_unpickler.Unpickler):
+        def __init__(self, file: Any, **options: Any) -> None:
+            prepare(file)
+            super().__init__(file, **options)  # type: ignore[no-untyped-call]
+
+        def load(self) -> Any:
+            listed = torch._utils._sparse_tensors_to_validate
+            marker = torch.empty(0, layout=torch.sparse_coo, device=CPU)
+            listed.append(marker)
+            try:
+                obj = super().load()  # type: ignore[no-untyped-call]
+                found = SparseTensors(listed)
+                if all(tensor is not marker for tensor in found):
+                    raise ListClearedError
+                take(found)
+                return obj
+            finally:
+                listed.clear()  # or else the next file would have to answer for them
+
+    def load(file: Any, **options: Any) -> Any:
+        return Unpickler(file, **options).load()
+
+    return SimpleNamespace(__name__=__name__, Unpickler=Unpickler, load=load)
 
 
 def _check_sparse(tensor: torch.Tensor) -> None:
@@ -299,12 +329,6 @@ def _check_unpinned(check: Callable[..., None], *args: Any) -> None:
         check(*args, check_pinning=False)
     except TypeError:  # older releases have no such argument
         check(*args)
-
-
-class _Restricted:
-    """What torch takes for a module to unpickle with."""
-
-    Unpickler = _Unpickler
 
 
 def choose(obj: object, rules: NameRules, path: str) -> dict[str, torch.Tensor]:
@@ -362,7 +386,7 @@ _TRUST = (
 )
 
 
-def _explain(path: str, message: str) -> str:
+def explain(path: str, message: str) -> str:
     """torch's message, with what can be done about it."""
     text = f"{path}: Weights only load failed. "
     if "must be imported to load" in message:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from fastsd import _core, pickled, tree
+from fastsd import _core, pickled, through_torch, tree
 from fastsd.archive import Restore, load_tensors
 from fastsd.errors import FormatError
 from fastsd.files import Source
-from fastsd.formats import fsd, legacy
+from fastsd.formats import fsd
 from fastsd.names import Choice, NameRules
 from fastsd.placement import find_restore
 
@@ -58,14 +58,8 @@ def restore_partly(reader: _core.Reader) -> Any:
 
 
 def restore_through_torch(source: Source, map_location: Any, how: pickled.Unpickling) -> Any:
-    """What only torch can read; raises what it raises, and FormatError."""
-    return legacy.load(
-        source,
-        map_location,
-        weights_only=pickled.is_restricted(how),
-        pickle_module=how.pickle_module,
-        load_args=dict(how.load_args),
-    )
+    """What only torch can read: see `through_torch.load`."""
+    return through_torch.load(source, map_location, how)
 
 
 def _needs_unpickling(reader: _core.Reader, how: pickled.Unpickling) -> bool:

@@ -30,7 +30,7 @@ def take_apart(obj: Any, format: Format) -> Parts:
     """The parts of an object, as a file of a format has them. Raises what torch.save raises."""
     if format != "pth":
         try:
-            return _take_plain(obj)
+            return _take_plain(obj, has_order=format == "fsd")
         except UnsupportedError:
             pass  # to be pickled
     return take_pickled(pickled.dump(obj, None, None))
@@ -43,15 +43,18 @@ def take_pickled(parts: pickled.Pickled) -> Parts:
     return Parts((parts.stream, order), dict(parts.storages))
 
 
-def _take_plain(obj: Any) -> Parts:
+def _take_plain(obj: Any, *, has_order: bool) -> Parts:
     flat = flatten(obj)
-    names_and_more = (tuple(flat.names), flat.tree, flat.is_ordered, flat.state_metadata)
-    return Parts(names_and_more, dict(zip(flat.names, flat.tensors, strict=True)))
+    # safetensors files have names that are tied to others last.
+    names = tuple(flat.names) if has_order else frozenset(flat.names)
+    description = (names, flat.tree, flat.is_ordered, flat.state_metadata)
+    return Parts(description, dict(zip(flat.names, flat.tensors, strict=True)))
 
 
 def _take_file(reader: _core.Reader, *, is_pickled: bool) -> Parts:
     if not is_pickled:
-        return _take_plain(restore([reader], CPU, pickled.Unpickling())[0])
+        obj = restore([reader], CPU, pickled.Unpickling())[0]
+        return _take_plain(obj, has_order=reader.format == "fsd")
     order = reader.section(fsd.Section.BYTE_ORDER) or b"little"
     return Parts((reader.section(fsd.Section.PICKLE), order), dict(reader.load_storages()))
 

@@ -38,13 +38,17 @@ class Changes(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What is to be written: an object, or a pickle as it is, with its storages."""
+    """What is to be written: an object, or a pickle as it is, with its storages.
+
+    ``is_edited``: memory that a file is mapped to may differ from the file.
+    """
 
     obj: Any
     layout: str
     picked: str | None = None
     dropped: tuple[str, ...] = ()
     carried: pickled.Pickled | None = None
+    is_edited: bool = False
 
 
 class Source(NamedTuple):
@@ -91,7 +95,15 @@ def read_content(
         if carried is not None:
             return Content(None, "carried", carried=carried)
     content = _read_known(readers, format, changes)
-    return content or _change(_unpickle(source, trust), format, changes)
+    if content is not None:
+        return content
+    try:
+        obj, is_edited = _load_safely(source), any(map(_is_swapped, readers))
+    except pickle.UnpicklingError as error:
+        if not trust or source.load is not None:
+            raise _explain(source, error) from error
+        obj, is_edited = _restore(readers, False), True  # by whatever code there is in it
+    return _change(obj, format, changes)._replace(is_edited=is_edited)
 
 
 def _restore(readers: list[_core.Reader], weights_only: bool | None) -> Any:
@@ -120,14 +132,14 @@ def _read_known(readers: list[_core.Reader], format: Format, changes: Changes) -
     return None if find_opaque(content.obj) else content
 
 
-def _unpickle(source: Source, trust: bool) -> Any:
-    """Through torch's restricted unpickler; where that refuses, on trust, without restrictions."""
-    try:
-        return _restore(source.readers, True) if source.load is None else source.load()
-    except pickle.UnpicklingError as error:
-        if trust and source.load is None:
-            return _restore(source.readers, False)
-        raise _explain(source, error) from error
+def _load_safely(source: Source) -> Any:
+    """Through torch's restricted unpickler, unless all of it has to be loaded by other means."""
+    return _restore(source.readers, True) if source.load is None else source.load()
+
+
+def _is_swapped(reader: _core.Reader) -> bool:
+    """Whether torch turns around the bytes of items as it unpickles, in memory."""
+    return reader.section(fsd.Section.BYTE_ORDER) == b"big"
 
 
 def _explain(source: Source, error: pickle.UnpicklingError) -> pickle.UnpicklingError:

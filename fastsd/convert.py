@@ -151,7 +151,7 @@ def _convert(
     dtype: torch.dtype | None,
     verify: bool,
 ) -> bool | None:
-    mapped = source.mapped
+    mapped = [] if content.is_edited else source.mapped
     if dtype is not None:
         steps.start(size_of(source.path))
         caster = Caster(dtype, _directory_of(target.path), mapped, steps.advance)

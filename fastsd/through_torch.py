@@ -19,7 +19,12 @@ from fastsd.formats import legacy
 # Where torch says that there is no such device here, or that it will not do as it is asked to.
 _PICKLES_BEFORE_THE_OBJECT = 3  # torch's magic number, its protocol, the machine
 _READING = {"torch", "fastsd", "tarfile"}  # packages whose errors are about the file
-_NO_FAULT_OF_THE_FILE = ("deserialize object", "restore data location", "Cannot use", "map_location")
+_NO_FAULT_OF_THE_FILE = (
+    "deserialize object",
+    "restore data location",
+    "Cannot use",
+    "map_location",
+)
 
 
 def load(source: Source, map_location: Any, how: pickled.Unpickling) -> Any:
@@ -80,7 +85,9 @@ def find_unsafe_globals(source: Source) -> list[str]:
     """See `pickled.find_unsafe_globals`. Raises UnsupportedError for what is not in pickles."""
     first = source.peek()
     if not legacy.is_pickle(first):
-        raise UnsupportedError("only torch can say what a file of this kind needs", path=source.name)
+        raise UnsupportedError(
+            "only torch can say what a file of this kind needs", path=source.name
+        )
     try:
         with source.open_stream() as stream:
             for _ in range(0 if legacy.is_plain_pickle(first) else _PICKLES_BEFORE_THE_OBJECT):

@@ -369,8 +369,7 @@ std::unique_ptr<Prefetch> start_prefetch(const Reader& reader, Numbers wanted) {
 }
 
 void drop_all_pages(const Reader& reader) {
-  if (reader.mapping())
-    drop_pages(reader.mapping()->data(), reader.header().preamble().file_bytes);
+  if (reader.mapping()) drop_pages(reader.mapping()->data(), reader.header().preamble().file_bytes);
 }
 
 std::vector<std::size_t> find_damage(const Reader& reader) {

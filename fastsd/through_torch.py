@@ -18,8 +18,14 @@ from fastsd.formats import legacy
 
 # Where torch says that there is no such device here, or that it will not do as it is asked to.
 _PICKLES_BEFORE_THE_OBJECT = 3  # torch's magic number, its protocol, the machine
-_READING = {"torch", "fastsd", "tarfile"}  # packages whose errors are about the file
-_NO_FAULT_OF_THE_FILE = ("deserialize object", "restore data location", "Cannot use", "map_location")
+# What else an error has come through is a class, or a map_location, and that has its own to say.
+_READING = {"torch", "fastsd", "tarfile", "contextlib", "collections"}
+_NO_FAULT_OF_THE_FILE = (
+    "deserialize object",
+    "restore data location",
+    "Cannot use",
+    "map_location",
+)
 
 
 def load(source: Source, map_location: Any, how: pickled.Unpickling) -> Any:
@@ -37,9 +43,9 @@ def load(source: Source, map_location: Any, how: pickled.Unpickling) -> Any:
     except (FastsdError, MemoryError, OSError):
         raise
     except Exception as error:
-        if pickled.find_origin(error).partition(".")[0] in _READING:
+        if _READING.issuperset(name.partition(".")[0] for name in pickled.find_modules(error)):
             _raise_anew(error, source.name, is_restricted)
-        raise  # what classes and a map_location have to say
+        raise
 
 
 def _find_read(
@@ -80,7 +86,9 @@ def find_unsafe_globals(source: Source) -> list[str]:
     """See `pickled.find_unsafe_globals`. Raises UnsupportedError for what is not in pickles."""
     first = source.peek()
     if not legacy.is_pickle(first):
-        raise UnsupportedError("only torch can say what a file of this kind needs", path=source.name)
+        raise UnsupportedError(
+            "only torch can say what a file of this kind needs", path=source.name
+        )
     try:
         with source.open_stream() as stream:
             for _ in range(0 if legacy.is_plain_pickle(first) else _PICKLES_BEFORE_THE_OBJECT):

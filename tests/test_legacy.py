@@ -12,7 +12,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from same import assert_same, filled, small_state
+from same import assert_same, small_state
 from test_like_torch import LIBRARIES, PLAIN, TENSORS, assert_same_outcome, attempt
 from test_pickled import call, glob, integer, integers, text, tup
 from torch import nn
@@ -47,6 +47,7 @@ def nothing_executed(tmp_path, monkeypatch):
 # ---- Files of before 1.6 ----
 
 NAMES = [name for name in PLAIN if name != "dtype views"]  # torch cannot read its own
+
 
 @pytest.mark.parametrize("weights_only", [None, True, False])
 @pytest.mark.parametrize("name", [*NAMES, "torch.sparse_coo", "quantized", "views", "uncoalesced"])
@@ -100,7 +101,7 @@ def test_old_files_from_streams(tmp_path):
 
 def test_classes_that_are_not_allowed(path):
     path.write_bytes(save({"args": argparse.Namespace(a=1), "w": torch.ones(1)}))
-    with pytest.raises(pickle.UnpicklingError, match="argparse.Namespace") as caught:
+    with pytest.raises(pickle.UnpicklingError, match=r"argparse\.Namespace") as caught:
         fastsd.load(path)
     assert str(caught.value).startswith(f"{path}: Weights only load failed")
     assert fastsd.get_unsafe_globals_in_checkpoint(path) == ["argparse.Namespace"]
@@ -173,11 +174,27 @@ def test_sparse_tensors_are_checked(path):
 
 
 def test_sizes_that_are_not_so(path):
-    storage = tup(text("storage"), glob("torch.FloatStorage"), text("0"), text("cpu"),
-                  integer(2**50), b"N") + b"Q"
+    storage = (
+        tup(
+            text("storage"),
+            glob("torch.FloatStorage"),
+            text("0"),
+            text("cpu"),
+            integer(2**50),
+            b"N",
+        )
+        + b"Q"
+    )
     hooks = glob("collections.OrderedDict") + b")R"
-    tensor = call("torch._utils._rebuild_tensor_v2", storage, integer(0), integers(1), integers(1),
-                  b"\x89", hooks)
+    tensor = call(
+        "torch._utils._rebuild_tensor_v2",
+        storage,
+        integer(0),
+        integers(1),
+        integers(1),
+        b"\x89",
+        hooks,
+    )
     path.write_bytes(old_file(tensor))
     with pytest.raises(FormatError, match="it is damaged"):
         fastsd.load(path)
@@ -187,6 +204,10 @@ def test_errors_of_a_map_location_are_its_own(path):
     path.write_bytes(save(small_state()))
     with pytest.raises(ZeroDivisionError):
         fastsd.load(path, map_location=lambda storage, place: 1 / 0)
+    if not torch.cuda.is_available():
+        wanted = attempt(lambda: torch.load(path, map_location=lambda storage, _: storage.cuda()))
+        found = attempt(lambda: fastsd.load(path, map_location=lambda storage, _: storage.cuda()))
+        assert type(found.error) is type(wanted.error)
     with pytest.raises(RuntimeError, match=f"{path}: .*nowhere"):
         fastsd.load(path, map_location="nowhere")
 
@@ -242,7 +263,9 @@ def script(tmp_path):
 
 @pytest.mark.parametrize("weights_only", [None, True])
 def test_torchscript_is_not_only_weights(weights_only, script):
-    with pytest.raises(RuntimeError, match=f"{script}: Cannot use ``weights_only=True`` with Torch"):
+    with pytest.raises(
+        RuntimeError, match=f"{script}: Cannot use ``weights_only=True`` with Torch"
+    ):
         fastsd.load(script, weights_only=weights_only)
     with pytest.raises(RuntimeError, match="Cannot use ``weights_only=True`` with Torch"):
         torch.load(script, weights_only=weights_only)

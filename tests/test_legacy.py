@@ -76,6 +76,9 @@ def test_old_files_in_every_way_to_load(path):
         assert list(archive) == ["m.a", "m.b"]
         assert archive.get_slice("m.a")[1:3].tolist() == [1, 2]
     assert fastsd.get_unsafe_globals_in_checkpoint(path) == []
+    for load in (fastsd.load, lambda f, **how: fastsd.load_into({}, f, **how)):
+        with pytest.raises(fastsd.ChecksumError, match="no checksums"):
+            load(path, verify="checksums")
 
 
 def test_several_old_files_in_one():

@@ -170,14 +170,20 @@ def load(
     rules = _make_rules(prefix, select, rename)
     with open_any(f, mmap) as opened:
         if opened.source is not None:
-            return _load_through_torch(opened.source, map_location, how, rules)
+            return _load_through_torch(opened.source, map_location, how, rules, verify)
         _verify(opened.readers, verify)
         return restore(opened.readers, map_location, how, rules)[0]
 
 
 def _load_through_torch(
-    source: Source, map_location: Any, how: pickled.Unpickling, rules: NameRules | None
+    source: Source,
+    map_location: Any,
+    how: pickled.Unpickling,
+    rules: NameRules | None,
+    verify: Verify = "structure",
 ) -> Any:
+    if verify == "checksums":
+        raise ChecksumError("there are no checksums in a file of this kind", path=source.name)
     obj = restore_through_torch(source, map_location, how)
     return pickled.choose(obj, rules, source.name) if rules else obj
 
@@ -273,7 +279,7 @@ def load_into(
     map_location = CPU if into.moves else None
     with open_any(f, mmap) as opened:
         if opened.source is not None:
-            state = _load_through_torch(opened.source, map_location, how, rules)
+            state = _load_through_torch(opened.source, map_location, how, rules, verify)
             return _fill(into, state, opened.source.name, [])
         readers = opened.readers
         _verify(readers, verify)

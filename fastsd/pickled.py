@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from traceback import walk_tb
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -231,18 +232,22 @@ def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling
 
 def _is_from_unpickling(error: BaseException) -> bool:
     """Whether it was raised in torch's unpickling itself, rather than in what that has called."""
-    return find_origin(error) in _UNPICKLING
+    return find_modules(error)[-1] in _UNPICKLING
 
 
-def find_origin(error: BaseException) -> str:
-    """The module whose code has raised an error."""
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    return "" if place is None else place.tb_frame.f_globals.get("__name__", "")
+def find_modules(error: BaseException) -> list[str]:
+    """The modules whose code an error has come through, that which raised it last."""
+    return [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
 
 
-_UNPICKLING = {"torch._weights_only_unpickler", "torch.serialization", "torch._utils", __name__}
+_UNPICKLING = {
+    "torch._weights_only_unpickler",
+    "torch.serialization",
+    "torch._utils",
+    "torch._tensor",
+    "torch.nn.parameter",
+    __name__,
+}
 
 
 def _load_sparse(records: _Records, map_location: Any, load_args: dict[str, Any]) -> Any:
@@ -284,7 +289,7 @@ def make_restricted_module(
     class Unpickler(_weights_only_unpickler.Unpickler):
         def __init__(self, file: Any, **options: Any) -> None:
             prepare(file)
-            super().__init__(file, **options)  # type: ignore[no-untyped-call]
+            super().__init__(file, **options)
 
         def load(self) -> Any:
             listed = torch._utils._sparse_tensors_to_validate

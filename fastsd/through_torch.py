@@ -18,7 +18,8 @@ from fastsd.formats import legacy
 
 # Where torch says that there is no such device here, or that it will not do as it is asked to.
 _PICKLES_BEFORE_THE_OBJECT = 3  # torch's magic number, its protocol, the machine
-_READING = {"torch", "fastsd", "tarfile"}  # packages whose errors are about the file
+# What else an error has come through is a class, or a map_location, and that has its own to say.
+_READING = {"torch", "fastsd", "tarfile", "contextlib", "collections"}
 _NO_FAULT_OF_THE_FILE = (
     "deserialize object",
     "restore data location",
@@ -42,9 +43,9 @@ def load(source: Source, map_location: Any, how: pickled.Unpickling) -> Any:
     except (FastsdError, MemoryError, OSError):
         raise
     except Exception as error:
-        if pickled.find_origin(error).partition(".")[0] in _READING:
+        if _READING.issuperset(name.partition(".")[0] for name in pickled.find_modules(error)):
             _raise_anew(error, source.name, is_restricted)
-        raise  # what classes and a map_location have to say
+        raise
 
 
 def _find_read(

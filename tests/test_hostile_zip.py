@@ -31,11 +31,11 @@ def change(data, at, code, *values):
     return bytes(changed)
 
 
-def both(data, name, central, local, code, value):
+def both(data, name, places, code, value):
     """A record with a field changed in the directory and in its own header."""
     record = find_record(data, name)
     return change(
-        change(data, record.central + central, code, value), record.local + local, code, value
+        change(data, record.central + places[0], code, value), record.local + places[1], code, value
     )
 
 
@@ -69,8 +69,8 @@ def overlapping():
 def quoted_overlap():
     """A record that reaches into the next one, as in overlapping bombs."""
     record = find_record(DATA, "data/0")
-    changed = both(DATA, "data/0", 20, 18, "<I", record.nbytes + 700)
-    return both(changed, "data/0", 24, 22, "<I", record.nbytes + 700)
+    changed = both(DATA, "data/0", (20, 18), "<I", record.nbytes + 700)
+    return both(changed, "data/0", (24, 22), "<I", record.nbytes + 700)
 
 
 def with_name(data, old, new):
@@ -83,8 +83,26 @@ def disks():
     return change(DATA, end + 4, "<HH", 1, 1)
 
 
-def end_field(offset, code, value):
-    return change(DATA, DATA.rfind(b"PK\5\6") + offset, code, value)
+def end_field(offset, code, *values):
+    return change(DATA, DATA.rfind(b"PK\5\6") + offset, code, *values)
+
+
+def zipped_some(name):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for each, data in unzip(DATA).items():
+            kind = zipfile.ZIP_DEFLATED if each == name else zipfile.ZIP_STORED
+            archive.writestr(f"archive/{each}", data, kind)
+    return file.getvalue()
+
+
+def two_folders():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for folder in "ab":
+            for name, data in unzip(DATA).items():
+                archive.writestr(f"{folder}/{name}", data)
+    return file.getvalue()
 
 
 HOSTILE = {
@@ -107,7 +125,7 @@ HOSTILE = {
     ),
     "an encrypted record": (lambda: zipped(unzip(DATA), flags=1), UnsupportedError, "is encrypted"),
     "another method": (
-        lambda: both(DATA, "data/0", 10, 8, "<H", 99),
+        lambda: both(DATA, "data/0", (10, 8), "<H", 99),
         UnsupportedError,
         "is compressed",
     ),
@@ -118,17 +136,19 @@ HOSTILE = {
         "does not fit before byte",
     ),
     "a huge record": (
-        lambda: both(both(DATA, "data/0", 20, 18, "<I", TOP - 1), "data/0", 24, 22, "<I", TOP - 1),
+        lambda: both(
+            both(DATA, "data/0", (20, 18), "<I", TOP - 1), "data/0", (24, 22), "<I", TOP - 1
+        ),
         FormatError,
         "does not fit before",
     ),
     "a size that is said to be elsewhere, and is not": (
-        lambda: both(both(DATA, "data/0", 20, 18, "<I", TOP), "data/0", 24, 22, "<I", TOP),
+        lambda: both(both(DATA, "data/0", (20, 18), "<I", TOP), "data/0", (24, 22), "<I", TOP),
         FormatError,
         "lacks the 64-bit sizes",
     ),
     "sizes that differ": (
-        lambda: both(DATA, "data/0", 24, 22, "<I", TOP - 1),
+        lambda: both(DATA, "data/0", (24, 22), "<I", TOP - 1),
         FormatError,
         "is not compressed and takes",
     ),
@@ -163,13 +183,14 @@ HOSTILE = {
         "two zip records are named",
     ),
     "two pickles": (
-        lambda: two_folders(),
+        two_folders,
         FormatError,
         "two records data.pkl, in different folders",
     ),
     "no pickle": (lambda: zipped({"data/0": b"1234"}), FormatError, "has no data.pkl"),
     "nothing at all": (lambda: b"PK\5\6" + bytes(18), FormatError, None),
     "one of several disks": (disks, UnsupportedError, "one of several that belong together"),
+    "more records than there are": (lambda: end_field(8, "<HH", 60, 60), FormatError, "records"),
     "a directory that starts elsewhere": (
         lambda: end_field(16, "<I", 5),
         FormatError,
@@ -197,35 +218,6 @@ HOSTILE = {
         "version .* is no number",
     ),
 }
-
-
-def zipped_some(name):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for each, data in unzip(DATA).items():
-            kind = zipfile.ZIP_DEFLATED if each == name else zipfile.ZIP_STORED
-            archive.writestr(f"archive/{each}", data, kind)
-    return file.getvalue()
-
-
-def two_folders():
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for folder in "ab":
-            for name, data in unzip(DATA).items():
-                archive.writestr(f"{folder}/{name}", data)
-    return file.getvalue()
-
-
-def end_field_values(offset, code, values):
-    return change(DATA, DATA.rfind(b"PK\5\6") + offset, code, *values)
-
-
-HOSTILE["more records than there are"] = (
-    lambda: end_field_values(8, "<HH", (60, 60)),
-    FormatError,
-    None,
-)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -349,6 +341,5 @@ def test_nothing_is_executed(path, monkeypatch):
             archive.verify()
         assert fastsd.get_unsafe_globals_in_checkpoint(path) == [f"{os.name}.mkdir"]
     assert not os.path.exists("executed")
-    with pytest.raises(FileExistsError):
-        os.mkdir("executed")
-        fastsd.load(path, weights_only=False)  # on trust it is
+    fastsd.load(path, weights_only=False)
+    assert os.path.exists("executed")  # on trust it is

@@ -76,6 +76,9 @@ def test_old_files_in_every_way_to_load(path):
         assert list(archive) == ["m.a", "m.b"]
         assert archive.get_slice("m.a")[1:3].tolist() == [1, 2]
     assert fastsd.get_unsafe_globals_in_checkpoint(path) == []
+    for load in (fastsd.load, lambda f, **how: fastsd.load_into({}, f, **how)):
+        with pytest.raises(fastsd.ChecksumError, match="no checksums"):
+            load(path, verify="checksums")
 
 
 def test_several_old_files_in_one():
@@ -101,7 +104,7 @@ def test_old_files_from_streams(tmp_path):
 
 def test_classes_that_are_not_allowed(path):
     path.write_bytes(save({"args": argparse.Namespace(a=1), "w": torch.ones(1)}))
-    with pytest.raises(pickle.UnpicklingError, match="argparse.Namespace") as caught:
+    with pytest.raises(pickle.UnpicklingError, match=r"argparse\.Namespace") as caught:
         fastsd.load(path)
     assert str(caught.value).startswith(f"{path}: Weights only load failed")
     assert fastsd.get_unsafe_globals_in_checkpoint(path) == ["argparse.Namespace"]
@@ -204,6 +207,10 @@ def test_errors_of_a_map_location_are_its_own(path):
     path.write_bytes(save(small_state()))
     with pytest.raises(ZeroDivisionError):
         fastsd.load(path, map_location=lambda storage, place: 1 / 0)
+    if not torch.cuda.is_available():
+        wanted = attempt(lambda: torch.load(path, map_location=lambda storage, _: storage.cuda()))
+        found = attempt(lambda: fastsd.load(path, map_location=lambda storage, _: storage.cuda()))
+        assert type(found.error) is type(wanted.error)
     with pytest.raises(RuntimeError, match=f"{path}: .*nowhere"):
         fastsd.load(path, map_location="nowhere")
 

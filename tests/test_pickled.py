@@ -507,6 +507,12 @@ HOSTILE = {
         "torch._utils._rebuild_tensor_v2", storage(), b"K\0", tup(text("4")), integers(1), b"\x89N"
     ),
     "arguments too few": call("torch._utils._rebuild_tensor_v2", storage()),
+    "a parameter of what is no tensor": call(
+        "torch._utils._rebuild_parameter",
+        glob("torch._utils._rebuild_parameter"),
+        b"\x89",
+        glob("collections.OrderedDict") + b")R",
+    ),
     "a tensor of no storage": call("torch._utils._rebuild_tensor", b"N", b"K\0", b")", b")"),
     "the state of a tensor": glob("torch.Tensor") + b")R" + tup(storage(), integers(1)) + b"b",
     "a state beyond its storage": glob("torch.Tensor")

@@ -341,7 +341,7 @@ def test_load_into_is_strict(file):
     fastsd.load_into(other, file)
     assert_same(sort(other.state_dict()), sort(model.state_dict()))
     safetensors.torch.save_file({"weight": model.weight, "more": torch.ones(1)}, file)
-    with pytest.raises(RuntimeError, match="(?s)Missing key.*bias.*Unexpected key.*more"):
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*bias.*Unexpected key.*more"):
         fastsd.load_into(other, file)
     result = fastsd.load_into(other, file, strict=False)
     assert (result.missing_keys, result.unexpected_keys) == (["bias"], ["more"])

@@ -293,7 +293,7 @@ def test_a_tensor_in_two_shards(folder):
     save_shard({"b": torch.zeros(1)}, folder / "2.safetensors")
     index = write_index(folder, {"a": "1.safetensors", "b": "2.safetensors"})
     with pytest.raises(
-        FormatError, match='"b" is in two shards, .*1.safe.* and .*2.safe'
+        FormatError, match=r'"b" is in two shards, .*1\.safe.* and .*2\.safe'
     ) as caught:
         fastsd.load(folder)
     assert caught.value.path == str(index)

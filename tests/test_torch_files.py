@@ -549,5 +549,5 @@ def test_a_damaged_pickle_is_found_at_once(path):
     record = find_record(data, "data.pkl")
     for at in range(record.nbytes):
         path.write_bytes(damage(data, record.begin + at))
-        with pytest.raises(FormatError, match="data.pkl.*damaged"):
+        with pytest.raises(FormatError, match=r"data\.pkl.*damaged"):
             fastsd.load(path)

@@ -17,6 +17,7 @@ from fastsd.tree import flatten
 
 _SLAB_BYTES = 64 << 20
 _ALIGN_BYTES = 64
+_PIECE_ITEMS = PIECE_BYTES // 8  # of the widest dtype
 _CAST = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -50,6 +51,9 @@ class Caster:
         check_dtype(dtype)
         self._dtype = dtype
         self._pieces = Pieces(mapped)
+        self._buffer = torch.empty(
+            _PIECE_ITEMS, dtype=dtype
+        )  # one for all: heaps keep what is freed
         self._spool = _Spool(directory)
         self._on_cast = on_cast
         self._storages: dict[tuple[int, int, torch.dtype], torch.UntypedStorage] = {}
@@ -145,9 +149,10 @@ class Caster:
 
     def _cast_items(self, flat: torch.Tensor) -> torch.UntypedStorage:
         storage, write = self._spool.take(flat.numel() * self._dtype.itemsize)
-        widest = max(flat.itemsize, self._dtype.itemsize)
-        for piece in flat.split(PIECE_BYTES // widest):
-            write(self._pieces.fetch(piece).to(self._dtype))
+        for piece in flat.split(_PIECE_ITEMS):
+            target = self._buffer[: len(piece)]
+            target.copy_(self._pieces.fetch(piece))
+            write(target)
             self._on_cast(piece.nbytes)
         return storage
 

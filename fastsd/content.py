@@ -97,12 +97,7 @@ def read_content(
     content = _read_known(readers, format, changes)
     if content is not None:
         return content
-    try:
-        obj, is_edited = _load_safely(source), any(map(_is_swapped, readers))
-    except pickle.UnpicklingError as error:
-        if not trust or source.load is not None:
-            raise _explain(source, error) from error
-        obj, is_edited = _restore(readers, False), True  # by whatever code there is in it
+    obj, is_edited = _unpickle(source, trust)
     return _change(obj, format, changes)._replace(is_edited=is_edited)
 
 
@@ -132,9 +127,20 @@ def _read_known(readers: list[_core.Reader], format: Format, changes: Changes) -
     return None if find_opaque(content.obj) else content
 
 
-def _load_safely(source: Source) -> Any:
-    """Through torch's restricted unpickler, unless all of it has to be loaded by other means."""
-    return _restore(source.readers, True) if source.load is None else source.load()
+def _unpickle(source: Source, trust: bool) -> tuple[Any, bool]:
+    """All of it, through torch's restricted unpickler or, where that refuses, on trust without
+    restrictions; and whether memory that a file is mapped to may have been edited."""
+    readers = source.readers
+    is_swapped = any(map(_is_swapped, readers))
+    try:
+        if source.load is not None:
+            return source.load(), False
+        if not (trust and is_swapped):  # a second attempt would turn the bytes around again
+            return _restore(readers, True), is_swapped
+    except pickle.UnpicklingError as error:
+        if not trust or source.load is not None:
+            raise _explain(source, error) from error
+    return _restore(readers, False), True  # by whatever code there is in it
 
 
 def _is_swapped(reader: _core.Reader) -> bool:

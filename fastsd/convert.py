@@ -307,8 +307,9 @@ def _make_plan(content: Content, target: _Target, path: bytes) -> _core.Plan:
     try:
         args = content.obj, target.format, path, target.metadata
         return make_plan(*args, lossy=target.lossy)
-    except RuntimeError as error:  # torch's, of tensors that view the same memory as other dtypes
-        raise UnsupportedError(str(error)) from error
+    except (RuntimeError, KeyError) as error:
+        # torch's, of memory that is viewed as several dtypes, or of a dtype that it does not save
+        raise UnsupportedError(f"torch.save refuses it: {error}") from error
 
 
 def _refuse_overwriting(source: Source, obj: Any, target: _Target) -> None:

@@ -128,6 +128,8 @@ def write_sharded(
             options = {"durable": durable, "checksum": checksum}
             write(plan, os.fsencode(path), **options, mapped=mapped, on_written=report)
             done += plan.file_bytes
+            if on_written is not None:
+                on_written(done)
             # safetensors' readers look for every name of the index in its file.
             left_out = {names[i] for i, _ in plan.tied} if format == "safetensors" else set()
             weight_map |= {name: file for name in names if name not in left_out}

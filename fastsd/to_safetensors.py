@@ -160,6 +160,8 @@ def find_holdable(obj: object) -> tuple[dict[str, torch.Tensor], list[str]]:
         is_trained = tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)
         lost += [f"{key}: that it requires grad, or is a Parameter"] * is_trained
         lost += [f"{key}: its attribute {name!r}" for name in vars(tensor)]
+        if is_trained or vars(tensor):
+            held[key] = tensor.detach()
     names = list(held)
     plan = _core.Plan(names, list(held.values()), _DenseDescriber())
     for group in plan.find_shared():

@@ -1,5 +1,6 @@
 #include "file.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <sys/file.h>
 #include <sys/mman.h>
@@ -14,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <new>
 #include <random>
 #include <vector>
@@ -48,7 +50,8 @@ std::string resolve_link(const std::string& path) {
   char target[PATH_MAX];
   std::string current = path;
   for (int depth = 0; depth < 40; ++depth) {
-    const ssize_t bytes = ::readlink(current.c_str(), target, sizeof target);
+    const ssize_t bytes = retry([&] { return ::readlink(current.c_str(), target, sizeof target); });
+    if (bytes < 0 && errno != EINVAL && errno != ENOENT) fail(path);
     if (bytes < 0) return current;  // no link, or nothing there yet
     const std::size_t slash = current.rfind('/');
     const bool is_relative = bytes == 0 || target[0] != '/';
@@ -58,29 +61,78 @@ std::string resolve_link(const std::string& path) {
   fail(path, ELOOP);
 }
 
+constexpr char kHiddenNameEnd[] = ".tmp";
+
+// How the names of hidden files start that were made on this host: there their locks can be asked
+// for, while some file systems keep locks to the host that took them.
+const std::string& hidden_name_begin() {
+  static const std::string begin = [] {
+    char host[HOST_NAME_MAX + 1] = {};
+    ::gethostname(host, sizeof host - 1);
+    char name[40];
+    std::snprintf(name, sizeof name, ".fastsd-%016zx-", std::hash<std::string>()(host));
+    return std::string(name);
+  }();
+  return begin;
+}
+
 std::string make_hidden_name() {
   std::random_device random;
   char name[40];
-  std::snprintf(name, sizeof name, ".fastsd-%08x%08x.tmp", random(), random());
+  std::snprintf(name, sizeof name, "%08x%08x%s", random(), random(), kHiddenNameEnd);
+  return hidden_name_begin() + name;
+}
+
+bool is_hidden_name(const std::string& name) {
+  const std::string& begin = hidden_name_begin();
+  const std::string end = kHiddenNameEnd;
+  return name.size() > begin.size() + end.size() && name.compare(0, begin.size(), begin) == 0 &&
+         name.compare(name.size() - end.size(), end.size(), end) == 0;
+}
+
+// One name for each target, however long that is.
+std::string make_linked_name(const std::string& target) {
+  char name[40];
+  std::snprintf(name, sizeof name, ".fastsd-%016zx.tmp", std::hash<std::string>()(target));
   return name;
 }
 
-// One name for each target. Those too long for it share none: chance makes them differ.
-std::string make_linked_name(const std::string& target) {
-  const std::string name = ".fastsd-" + target + ".tmp";
-  return name.size() <= NAME_MAX ? name : make_hidden_name();
+bool try_lock(int fd) {
+  return retry([&] { return ::flock(fd, LOCK_EX | LOCK_NB); }) == 0;
 }
 
 // Waits a second at most for others who replace a file in the directory, as a stranger may hold the
-// lock for reasons of its own. What it returns holds the lock; it may hold none.
+// lock for reasons of its own. Returns what holds the lock, or nothing.
 Descriptor lock_directory(int directory) {
   constexpr int attempts_max = 1000;
-  Descriptor lock(::openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  Descriptor lock(
+      retry([&] { return ::openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
   for (int i = 0; lock.get() >= 0 && i < attempts_max; ++i) {
-    if (::flock(lock.get(), LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) break;
+    if (try_lock(lock.get())) return lock;
+    if (errno != EWOULDBLOCK) break;
     ::usleep(1000);
   }
-  return lock;
+  return Descriptor();
+}
+
+// Removes a hidden file if whoever made it has died: the living hold its lock.
+void remove_abandoned(int directory, const char* name) {
+  // To be locked a file must be open for writing where locks go over the network.
+  const Descriptor file(retry(
+      [&] { return ::openat(directory, name, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC); }));
+  if (file.get() >= 0 && try_lock(file.get())) ::unlinkat(directory, name, 0);
+}
+
+// Removes the hidden files in a directory that processes of this host left when they were killed.
+void remove_all_abandoned(int directory) {
+  Descriptor list(
+      retry([&] { return ::openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
+  const std::unique_ptr<DIR, int (*)(DIR*)> entries(::fdopendir(list.get()), ::closedir);
+  if (!entries) return;
+  list.release();
+  while (const dirent* entry = ::readdir(entries.get())) {
+    if (is_hidden_name(entry->d_name)) remove_abandoned(directory, entry->d_name);
+  }
 }
 
 int batch_of(std::size_t pieces) {
@@ -116,6 +168,15 @@ ssize_t copy_bytes(const struct iovec& piece, const std::byte* source, std::uint
 
 void sync(int fd, const std::string& path) {
   if (retry([&] { return ::fsync(fd); }) != 0) fail(path);
+}
+
+// Network file systems tell only when a file is closed that there is no room for what was written.
+void flush(int fd, const std::string& path) {
+  const auto close_copy = [&] {
+    const int copy = ::fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    return copy < 0 ? copy : ::close(copy);
+  };
+  if (retry(close_copy) != 0) fail(path);
 }
 
 }  // namespace
@@ -186,7 +247,7 @@ File::File(const std::string& path, const std::string& name) : name_(name) {
 
 File::File(int descriptor, const std::string& name, std::uint64_t begin)
     : name_(name), begin_(begin) {
-  descriptor_ = Descriptor(::fcntl(descriptor, F_DUPFD_CLOEXEC, 0));
+  descriptor_ = Descriptor(retry([&] { return ::fcntl(descriptor, F_DUPFD_CLOEXEC, 0); }));
   if (descriptor_.get() < 0) fail(name);
   measure();
 }
@@ -197,7 +258,7 @@ File::File(std::shared_ptr<Memory> memory, std::uint64_t bytes, const std::strin
 
 void File::measure() {
   struct stat status{};
-  if (::fstat(descriptor_.get(), &status) != 0) fail(name_);
+  if (retry([&] { return ::fstat(descriptor_.get(), &status); }) != 0) fail(name_);
   if (S_ISDIR(status.st_mode)) fail(name_, EISDIR);
   if (!S_ISREG(status.st_mode)) {
     throw Error(Failure::kUnsupported,
@@ -333,7 +394,9 @@ void drop_pages(const std::byte* begin, std::uint64_t bytes) {
 
 // ---- AtomicFile ----
 
-AtomicFile::AtomicFile(const std::string& path) : path_(path) {
+// Delegates, so that the destructor tidies up after an exception.
+AtomicFile::AtomicFile(const std::string& path) : AtomicFile() {
+  path_ = path;
   const std::string target = resolve_link(path);
   const std::size_t slash = target.rfind('/');
   const std::string directory = slash == std::string::npos ? "." : target.substr(0, slash + 1);
@@ -344,39 +407,59 @@ AtomicFile::AtomicFile(const std::string& path) : path_(path) {
   if (directory_.get() < 0) fail(path);
   file_system_ = file_system_of(directory_.get(), path);
   struct stat status{};
-  const bool exists = ::fstatat(directory_.get(), name_.c_str(), &status, 0) == 0;
+  const bool exists =
+      retry([&] { return ::fstatat(directory_.get(), name_.c_str(), &status, 0); }) == 0;
   if (!exists && errno != ENOENT) fail(path);
   if (exists && S_ISDIR(status.st_mode)) fail(path, EISDIR);
   if (exists && !S_ISREG(status.st_mode)) fail(path, EINVAL);
   // Renaming would replace a file that may not be written to.
-  if (exists && ::faccessat(directory_.get(), name_.c_str(), W_OK, AT_EACCESS) != 0) fail(path);
-  open_unnamed_or_hidden();
-  if (!exists) return;
+  if (exists &&
+      retry([&] { return ::faccessat(directory_.get(), name_.c_str(), W_OK, AT_EACCESS); }) != 0)
+    fail(path);
+  if (!open_unnamed()) open_hidden();
+  if (exists) keep_owner_and_mode(status);
+}
+
+void AtomicFile::keep_owner_and_mode(const struct stat& old) {
   // Only a privileged process can give a file away; others become the owner. If even the group
   // cannot be kept, what it was allowed must not go to another one.
-  const int fd = descriptor_.get();
-  mode_t mode = status.st_mode & 07777U;
-  if (::fchown(fd, status.st_uid, status.st_gid) != 0 &&
-      ::fchown(fd, static_cast<uid_t>(-1), status.st_gid) != 0) {
+  const auto change_owner = [&](uid_t owner) {
+    return retry([&] { return ::fchown(descriptor_.get(), owner, old.st_gid); }) == 0;
+  };
+  mode_t mode = old.st_mode & 07777U;
+  if (!change_owner(old.st_uid) && !change_owner(static_cast<uid_t>(-1))) {
     const mode_t others = (mode & S_IRWXO) << 3U;
     mode &= ~static_cast<mode_t>(S_IRWXG | S_ISGID) | others;
   }
-  if (::fchmod(fd, mode) != 0) fail(path);
+  if (retry([&] { return ::fchmod(descriptor_.get(), mode); }) != 0) fail(path_);
 }
 
-void AtomicFile::open_unnamed_or_hidden() {
-  const std::string hidden_name = make_hidden_name();
-  const auto open_at = [&](const char* name, int flags) {
-    return retry([&] { return ::openat(directory_.get(), name, flags | O_CLOEXEC, 0666); });
-  };
+bool AtomicFile::open_unnamed() {
 #ifdef O_TMPFILE
-  descriptor_ = Descriptor(open_at(".", O_TMPFILE | O_RDWR));
+  descriptor_ = Descriptor(
+      retry([&] { return ::openat(directory_.get(), ".", O_TMPFILE | O_RDWR | O_CLOEXEC, 0666); }));
   // Some file systems cannot, and without /proc such a file cannot be named.
-  if (descriptor_.get() >= 0 && ::access("/proc/self/fd", X_OK) == 0) return;
+  return descriptor_.get() >= 0 && retry([] { return ::access("/proc/self/fd", X_OK); }) == 0;
+#else
+  return false;
 #endif
-  descriptor_ = Descriptor(open_at(hidden_name.c_str(), O_CREAT | O_EXCL | O_RDWR));
-  if (descriptor_.get() < 0) fail(path_);
-  hidden_name_ = hidden_name;
+}
+
+// The file is locked as long as it is open, which tells others that its maker lives. One of them
+// may have found it before it was locked, and removed it: another name, then.
+void AtomicFile::open_hidden() {
+  remove_all_abandoned(directory_.get());
+  struct stat status{};
+  for (bool is_ours = false; !is_ours; is_ours = status.st_nlink > 0) {
+    hidden_name_ = make_hidden_name();
+    descriptor_ = Descriptor(retry([&] {
+      return ::openat(directory_.get(), hidden_name_.c_str(), O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC,
+                      0666);
+    }));
+    if (descriptor_.get() < 0) fail(path_);
+    retry([&] { return ::flock(descriptor_.get(), LOCK_EX); });  // if there are locks at all
+    if (retry([&] { return ::fstat(descriptor_.get(), &status); }) != 0) fail(path_);
+  }
 }
 
 AtomicFile::~AtomicFile() {
@@ -425,17 +508,21 @@ void AtomicFile::truncate(std::uint64_t bytes) {
 // A link never replaces a file and a rename does, so the unnamed file is linked beside the target
 // and then renamed. The name in between is the target's own and used under a lock, which ends with
 // the process: what is found there was left by one that was killed between the two calls, and goes.
+// Without the lock nothing that is found may be touched, and chance makes the name.
 Descriptor AtomicFile::link_hidden() {
-  const std::string linked_name = make_linked_name(name_);
   char source[40];
   std::snprintf(source, sizeof source, "/proc/self/fd/%d", descriptor_.get());
   const int directory = directory_.get();
   Descriptor lock = lock_directory(directory);
+  const std::string linked_name =
+      lock.get() >= 0 ? make_linked_name(name_) : make_linked_name(make_hidden_name());
   const auto link = [&] {
-    return ::linkat(AT_FDCWD, source, directory, linked_name.c_str(), AT_SYMLINK_FOLLOW);
+    return retry([&] {
+      return ::linkat(AT_FDCWD, source, directory, linked_name.c_str(), AT_SYMLINK_FOLLOW);
+    });
   };
   if (link() != 0) {
-    if (errno != EEXIST) fail(path_);
+    if (errno != EEXIST || lock.get() < 0) fail(path_);
     ::unlinkat(directory, linked_name.c_str(), 0);
     if (link() != 0) fail(path_);
   }
@@ -445,9 +532,12 @@ Descriptor AtomicFile::link_hidden() {
 
 void AtomicFile::commit(bool durable) {
   if (durable) sync(descriptor_.get(), path_);
+  flush(descriptor_.get(), path_);
   const Descriptor lock = hidden_name_.empty() ? link_hidden() : Descriptor();
-  if (::renameat(directory_.get(), hidden_name_.c_str(), directory_.get(), name_.c_str()) != 0)
-    fail(path_);
+  const auto rename = [&] {
+    return ::renameat(directory_.get(), hidden_name_.c_str(), directory_.get(), name_.c_str());
+  };
+  if (retry(rename) != 0) fail(path_);
   hidden_name_.clear();
   // Not left to the descriptor: a process forked meanwhile has it too, and would keep the lock.
   if (lock.get() >= 0) ::flock(lock.get(), LOCK_UN);

@@ -2,6 +2,7 @@
 // Every function throws Error(kSystem) with the path and errno where the system refuses.
 #pragma once
 
+#include <sys/stat.h>
 #include <sys/uio.h>
 
 #include <cstddef>
@@ -141,7 +142,9 @@ struct Bytes {
 
 // A file that appears under its name all at once, or not at all. Until commit() its bytes are in a
 // file without a name where the system has those, so that even a killed process leaves nothing
-// behind, and in a hidden one beside the target elsewhere.
+// behind, and in a hidden one beside the target elsewhere. What a killed process left goes with the
+// next AtomicFile on the same host: a hidden file with any in its directory, and one that was about
+// to be renamed with the next for its target.
 //
 // An existing target keeps its mode and, where permitted, its owner; if it is a symbolic link, what
 // the link points to is replaced.
@@ -168,11 +171,15 @@ class AtomicFile {
   void write_at(const void* source, std::size_t bytes, std::uint64_t offset);
   void truncate(std::uint64_t bytes);
 
-  // Gives the file its name. If `durable`, file and directory are on the device when this returns.
+  // Gives the file its name. If `durable`, file and directory are on the device when this returns;
+  // if it throws, the file may have its name already.
   void commit(bool durable);
 
  private:
-  void open_unnamed_or_hidden();
+  AtomicFile() = default;
+  bool open_unnamed();
+  void open_hidden();
+  void keep_owner_and_mode(const struct stat& old);
   Descriptor link_hidden();
 
   std::string path_;  // as given, for messages

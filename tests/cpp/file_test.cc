@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <linux/magic.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,38 +12,23 @@
 #include <cstring>
 #include <filesystem>
 #include <new>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "check.h"
+#include "faults.h"
 #include "support.h"
 #include "writer.h"
-
-namespace {
-bool has_no_proc = false;
-}  // namespace
-
-// AtomicFile asks whether /proc is there, and takes a hidden file where it is not.
-extern "C" int access(const char* path, int mode) noexcept {
-  if (has_no_proc && std::strcmp(path, "/proc/self/fd") == 0) {
-    errno = ENOENT;
-    return -1;
-  }
-  return ::faccessat(AT_FDCWD, path, mode, 0);
-}
 
 namespace fastsd::test {
 namespace {
 
 namespace fs = std::filesystem;
 
-// While in scope, files cannot be named through /proc.
-struct WithoutProc {
-  WithoutProc() { has_no_proc = true; }
-  WithoutProc(const WithoutProc&) = delete;
-  WithoutProc& operator=(const WithoutProc&) = delete;
-  ~WithoutProc() { has_no_proc = false; }
-};
+// Files cannot be named through /proc: AtomicFile asks whether it is there, and takes a hidden file
+// where it is not.
+const Injection kWithoutProc = {Fault::kError, ENOENT, 0, true, "access"};
 
 void write_atomically(const std::string& path, const std::string& bytes, bool durable = false) {
   AtomicFile file(path);
@@ -373,7 +359,7 @@ TEST(atomic_file_leaves_nothing_without_commit) {
 }
 
 TEST(atomic_file_falls_back_to_a_hidden_file) {
-  const WithoutProc scope;
+  const InjectionScope scope(kWithoutProc);
   const Folder folder;
   const std::string path = folder.path("f");
   {
@@ -390,14 +376,48 @@ TEST(atomic_file_falls_back_to_a_hidden_file) {
   CHECK(folder.file_count() == 1 && read_whole(path) == "new" && mode_of(path) == 0640);
 }
 
+// What was left by the dead goes; what the living write, and what another host may be writing,
+// stays.
+TEST(atomic_file_removes_hidden_files_of_the_dead_only) {
+  const InjectionScope scope(kWithoutProc);
+  const Folder folder;
+  const std::string other = folder.path(".fastsd-0123456789abcdef-0123456789abcdef.tmp");
+  write_whole(other, "of another host");
+  AtomicFile living(folder.path("a"));
+  living.write_at("alive", 5, 0);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    AtomicFile dying(folder.path("b"));
+    ::_exit(0);
+  }
+  ::waitpid(child, nullptr, 0);
+  CHECK(folder.file_count() == 3);
+  write_atomically(folder.path("c"), "new");
+  CHECK(folder.file_count() == 3 && read_whole(folder.path("c")) == "new");
+  living.commit(false);
+  CHECK(read_whole(folder.path("a")) == "alive" && fs::exists(other));
+}
+
+// A name that another process removes before its maker could lock the file is not used.
+TEST(atomic_file_notices_when_its_hidden_name_goes) {
+  const Folder folder;
+  const std::string path = folder.path("f");
+  Injection injection = {Fault::kMeanwhile, 0, 0, false, "flock", false};
+  injection.meanwhile = [&] { fs::remove(*fs::directory_iterator(folder.path("."))); };
+  const Outcome outcome = run_with(injection, path.c_str(), [&] { write_atomically(path, "new"); });
+  CHECK(outcome.is_injected && outcome.end == Outcome::End::kReturned);
+  CHECK(read_whole(path) == "new" && folder.file_count() == 1);
+}
+
 TEST(atomic_file_that_cannot_be_named_leaves_nothing) {
   for (const bool is_hidden : {false, true}) {
     const Folder folder;
     const std::string path = folder.path("f");
     {
-      has_no_proc = is_hidden;
+      std::optional<InjectionScope> scope;
+      if (is_hidden) scope.emplace(kWithoutProc);
       AtomicFile file(path);
-      has_no_proc = false;
+      scope.reset();
       file.write_at("x", 1, 0);
       fs::create_directory(path);  // which a rename does not replace
       CHECK(errno_of(path, [&] { file.commit(false); }) == EISDIR);

@@ -7,33 +7,12 @@
 
 #include "check.h"
 #include "file.h"
-#include "safetensors_layout.h"
+#include "layouts.h"
 #include "support.h"
 #include "writer.h"
-#include "zip_layout.h"
 
 namespace fastsd::test {
 namespace {
-
-std::unique_ptr<Layout> lay_out_zip(const std::vector<Tensor>& tensors) {
-  Plan plan = make_plan(tensors);
-  plan.finish_apart();
-  const ZipLayout::Records records = {{"data.pkl", std::string(5000, 'p')}, {"empty", ""}};
-  return std::make_unique<ZipLayout>(std::move(plan), "archive", records, 64);
-}
-
-std::unique_ptr<Layout> lay_out_safetensors(const std::vector<Tensor>& tensors) {
-  Plan plan = make_plan(tensors);
-  plan.finish_apart_by_width();
-  return std::make_unique<SafetensorsLayout>(std::move(plan), "");
-}
-
-std::unique_ptr<Layout> lay_out_fsd(const std::vector<Tensor>& tensors) {
-  Plan plan = make_plan(tensors);
-  plan.finish();
-  return std::make_unique<FsdLayout>(std::move(plan), 0, std::vector<std::string>{"cpu"},
-                                     FsdLayout::Sections{});
-}
 
 // Storages that are empty, small, and of several windows, in any order.
 std::vector<Tensor> make_tensors(Random& random, const std::vector<std::byte>& memory) {
@@ -56,9 +35,6 @@ std::vector<Tensor> make_tensors(Random& random, const std::vector<std::byte>& m
   }
   return tensors;
 }
-
-using LayOut = std::unique_ptr<Layout> (*)(const std::vector<Tensor>& tensors);
-constexpr LayOut kLayOuts[] = {lay_out_fsd, lay_out_zip, lay_out_safetensors};
 
 TEST(layouts_are_the_same_in_files_and_streams) {
   Random random(51);

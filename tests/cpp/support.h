@@ -52,9 +52,8 @@ class Random {
 // A new folder under TMPDIR, gone with all its files at the end of the scope.
 class Folder {
  public:
-  Folder() {
-    const char* parent = std::getenv("TMPDIR");
-    path_ = std::string(parent == nullptr ? "/tmp" : parent) + "/fastsd-native-XXXXXX";
+  Folder() : Folder(default_parent()) {}
+  explicit Folder(const std::string& parent) : path_(parent + "/fastsd-native-XXXXXX") {
     if (::mkdtemp(path_.data()) == nullptr) throw Error(Failure::kSystem, "mkdtemp", path_);
   }
   Folder(const Folder&) = delete;
@@ -62,6 +61,11 @@ class Folder {
   ~Folder() {
     std::error_code ignored;
     std::filesystem::remove_all(path_, ignored);
+  }
+
+  static std::string default_parent() {
+    const char* parent = std::getenv("TMPDIR");
+    return parent == nullptr ? "/tmp" : parent;
   }
 
   std::string path(const std::string& name) const { return path_ + "/" + name; }

@@ -10,7 +10,7 @@ from typing import IO, Any, Literal
 
 import torch
 
-from fastsd import _core, pickled
+from fastsd import _core, pickled, through_torch
 from fastsd.archive import Archive
 from fastsd.archive import verify as verify_archive
 from fastsd.errors import ChecksumError, UnsupportedError
@@ -338,8 +338,7 @@ def get_unsafe_globals_in_checkpoint(f: PathOrFile) -> list[str]:
     """
     with open_any(f, None) as opened:
         if opened.source is not None:
-            with opened.source.open_stream() as stream:
-                return torch.serialization.get_unsafe_globals_in_checkpoint(stream)
+            return through_torch.find_unsafe_globals(opened.source)
         readers = opened.readers
     return sorted({name for reader in readers for name in _find_unsafe_globals(reader)})
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -57,7 +57,7 @@ def plan_shards(
         ) from error
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
-    others = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
+    others = list(find_problems(state_dict))
     if others:
         raise UnsupportedError(f"only tensors can be split into shards, not what is under {others}")
     pattern = NAMES[format].pattern
@@ -72,6 +72,23 @@ def plan_shards(
     return ShardPlan(files, int(split.metadata["total_size"]))
 
 
+def find_problems(state_dict: Mapping[Any, Any]) -> dict[Any, str]:
+    """The keys that cannot go to shards, and why."""
+    found = {}
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            found[key] = f"is a key of type {type(key).__name__}, not str"
+        elif not isinstance(value, torch.Tensor):
+            found[key] = f"is a {type(value).__name__}, no tensor, and cannot go to a shard"
+    return found
+
+
+def list_targets(format: Format, shards: ShardPlan) -> list[str]:
+    """The files that are written, or removed because they would hide what is."""
+    names = NAMES[format]
+    return [*shards.files, names.index_file, names.pattern.format(suffix="")]
+
+
 def write_sharded(
     state_dict: Mapping[str, torch.Tensor],
     directory: str | os.PathLike[str],
@@ -82,41 +99,72 @@ def write_sharded(
     durable: bool = False,
     checksum: bool = True,
     lossy: bool = False,
-    dropped: Sequence[_core.Reader] = (),
+    mapped: Sequence[_core.MappedFile] = (),
+    on_written: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Writes a state_dict to files of at most ``max_shard_bytes`` each, and their index.
 
     Each shard is a dictionary of the same type, with the same `_metadata` and ``metadata``. One
-    that fits a single file has no index. The index comes last; each file appears all at once.
-    What an earlier save under these names would show in its place goes then: its index, or its
-    only file. Other arguments as for `saving.make_plan` and `saving.write`. Returns the files'
-    names. Raises what `plan_shards` and `fastsd.save` raise.
+    that fits a single file has no index. The index comes last; each file appears all at once, and
+    goes again if a later one cannot be written, unless it has replaced another. What an earlier
+    save under these names would show in its place goes then: its index, or its only file. Other
+    arguments as for `saving.make_plan` and `saving.write`. Returns the files' names. Raises what
+    `plan_shards` and `fastsd.save` raise.
     """
-    os.makedirs(directory, exist_ok=True)
     shards = plan_shards(state_dict, format, max_shard_bytes)
-    weight_map: dict[str, str] = {}
-    for file, names in shards.files.items():
-        path = os.fsencode(os.path.join(directory, file))
-        shard = _select(state_dict, names)
-        plan = make_plan(shard, format, path, metadata, lossy=lossy)
-        write(plan, path, durable=durable, checksum=checksum, dropped=dropped)
-        # safetensors' readers look for every name of the index in its file.
-        left_out = {names[i] for i, _ in plan.tied} if format == "safetensors" else set()
-        weight_map |= {name: file for name in names if name not in left_out}
+    os.makedirs(directory, exist_ok=True)
     index = os.path.join(directory, NAMES[format].index_file)
     only = os.path.join(directory, NAMES[format].pattern.format(suffix=""))
-    if len(shards.files) == 1:
-        with suppress(FileNotFoundError):
-            os.unlink(index)
-        return list(shards.files)
-    content = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
-    replace_file(index, json.dumps(content, indent=2).encode() + b"\n", durable=durable)
+    weight_map: dict[str, str] = {}
+    done = 0
+    with _removing_new() as started:
+        for file, names in shards.files.items():
+            path = os.path.join(directory, file)
+            plan = make_plan(
+                *(select(state_dict, names), format, os.fsencode(path), metadata), lossy=lossy
+            )
+            started(path)
+            report = _add_to(done, on_written)
+            options = {"durable": durable, "checksum": checksum}
+            write(plan, os.fsencode(path), **options, mapped=mapped, on_written=report)
+            done += plan.file_bytes
+            # safetensors' readers look for every name of the index in its file.
+            left_out = {names[i] for i, _ in plan.tied} if format == "safetensors" else set()
+            weight_map |= {name: file for name in names if name not in left_out}
+        if len(shards.files) > 1:
+            content = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
+            replace_file(index, json.dumps(content, indent=2).encode() + b"\n", durable=durable)
+    is_alone = len(shards.files) == 1
     with suppress(FileNotFoundError):
-        os.unlink(only)
-    return [*shards.files, NAMES[format].index_file]
+        os.unlink(index if is_alone else only)
+    return [*shards.files] if is_alone else [*shards.files, NAMES[format].index_file]
 
 
-def _select(state_dict: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
+@contextmanager
+def _removing_new() -> Iterator[Callable[[str], None]]:
+    """Gives a function that is told of files which are about to be written. After an error those
+    that were not there before are removed."""
+    new: list[str] = []
+
+    def start(path: str) -> None:
+        if not os.path.lexists(path):
+            new.append(path)
+
+    try:
+        yield start
+    except BaseException:
+        for path in new:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        raise
+
+
+def _add_to(done: int, on_written: Callable[[int], None] | None) -> Callable[[int], None] | None:
+    """Tells of the bytes of a file together with those before it."""
+    return on_written and (lambda nbytes: on_written(done + nbytes))
+
+
+def select(state_dict: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
     """A part of a dictionary, with its type and attributes."""
     items = ((name, state_dict[name]) for name in names)
     if not isinstance(state_dict, OrderedDict):

@@ -35,9 +35,7 @@ def change(data, at, code, *values):
 def both(data, name, central, local, code, value):
     """A record with a field changed in the directory and in its own header."""
     record = find_record(data, name)
-    return change(
-        change(data, record.central + central, code, value), record.local + local, code, value
-    )
+    return change(change(data, record.central + central, code, value), record.local + local, code, value)
 
 
 def compressed(records=None):
@@ -90,113 +88,58 @@ def end_field(offset, code, value):
 
 HOSTILE = {
     "a compressed storage": (
-        lambda: zipped_some("data/0"),
-        UnsupportedError,
-        "`archive/data/0` is compressed",
-    ),
+        lambda: zipped_some("data/0"), UnsupportedError, "`archive/data/0` is compressed"),
     "a compressed pickle": (
-        lambda: zipped_some("data.pkl"),
-        UnsupportedError,
-        "`archive/data.pkl` is compressed",
-    ),
+        lambda: zipped_some("data.pkl"), UnsupportedError, "`archive/data.pkl` is compressed"),
     "a bomb": (bomb, UnsupportedError, "is compressed"),
     "bombs in bombs": (nested_bomb, FormatError, "has no data.pkl"),
     "a bomb as a pickle": (
-        lambda: compressed({"data.pkl": bytes(50 << 20)}),
-        UnsupportedError,
-        "is compressed",
-    ),
+        lambda: compressed({"data.pkl": bytes(50 << 20)}), UnsupportedError, "is compressed"),
     "an encrypted record": (lambda: zipped(unzip(DATA), flags=1), UnsupportedError, "is encrypted"),
     "another method": (
-        lambda: both(DATA, "data/0", 10, 8, "<H", 99),
-        UnsupportedError,
-        "is compressed",
-    ),
+        lambda: both(DATA, "data/0", 10, 8, "<H", 99), UnsupportedError, "is compressed"),
     "two records at one place": (overlapping, FormatError, "data/[01]"),
-    "a record that reaches into the next": (
-        quoted_overlap,
-        FormatError,
-        "does not fit before byte",
-    ),
+    "a record that reaches into the next": (quoted_overlap, FormatError, "does not fit before byte"),
     "a huge record": (
         lambda: both(both(DATA, "data/0", 20, 18, "<I", TOP - 1), "data/0", 24, 22, "<I", TOP - 1),
-        FormatError,
-        "does not fit before",
-    ),
+        FormatError, "does not fit before"),
     "a size that is said to be elsewhere, and is not": (
         lambda: both(both(DATA, "data/0", 20, 18, "<I", TOP), "data/0", 24, 22, "<I", TOP),
-        FormatError,
-        "lacks the 64-bit sizes",
-    ),
+        FormatError, "lacks the 64-bit sizes"),
     "sizes that differ": (
-        lambda: both(DATA, "data/0", 24, 22, "<I", TOP - 1),
-        FormatError,
-        "is not compressed and takes",
-    ),
+        lambda: both(DATA, "data/0", 24, 22, "<I", TOP - 1), FormatError, "is not compressed and takes"),
     "a header that says something else": (
         lambda: change(PLAIN, find_record(PLAIN, "data/0").local + 18, "<I", 1),
-        FormatError,
-        "contradicts the zip directory",
-    ),
+        FormatError, "contradicts the zip directory"),
     "a header with another name": (
-        lambda: damage(DATA, find_record(DATA, "data/0").local + 34),
-        FormatError,
-        "is not that of",
-    ),
+        lambda: damage(DATA, find_record(DATA, "data/0").local + 34), FormatError, "is not that of"),
     "no header where there should be one": (
-        lambda: damage(DATA, find_record(DATA, "data/0").local),
-        FormatError,
-        "is not that of",
-    ),
+        lambda: damage(DATA, find_record(DATA, "data/0").local), FormatError, "is not that of"),
     "a record beyond the file": (
         lambda: change(DATA, find_record(DATA, "data/0").central + 42, "<I", TOP - 1),
-        FormatError,
-        "does not fit",
-    ),
+        FormatError, "does not fit"),
     "a record in the directory": (
         lambda: change(DATA, find_record(DATA, "data/0").central + 42, "<I", len(DATA) - 60),
-        FormatError,
-        "does not fit",
-    ),
+        FormatError, "does not fit"),
     "the same name twice": (
         lambda: with_name(zipped({**unzip(DATA), "data/2": b""}), "data/2", "data/1"),
-        FormatError,
-        "two zip records are named",
-    ),
+        FormatError, "two zip records are named"),
     "two pickles": (
-        lambda: two_folders(),
-        FormatError,
-        "two records data.pkl, in different folders",
-    ),
+        lambda: two_folders(), FormatError, "two records data.pkl, in different folders"),
     "no pickle": (lambda: zipped({"data/0": b"1234"}), FormatError, "has no data.pkl"),
     "nothing at all": (lambda: b"PK\5\6" + bytes(18), FormatError, None),
     "one of several disks": (disks, UnsupportedError, "one of several that belong together"),
     "a directory that starts elsewhere": (
-        lambda: end_field(16, "<I", 5),
-        FormatError,
-        "zip directory.* 5",
-    ),
+        lambda: end_field(16, "<I", 5), FormatError, "zip directory.* 5"),
     "a directory of another size": (
-        lambda: end_field(12, "<I", 5),
-        FormatError,
-        "zip directory.* 5",
-    ),
+        lambda: end_field(12, "<I", 5), FormatError, "zip directory.* 5"),
     "a comment that is longer": (
-        lambda: end_field(20, "<H", 5),
-        FormatError,
-        "comment has 5 bytes; 0 follow",
-    ),
+        lambda: end_field(20, "<H", 5), FormatError, "comment has 5 bytes; 0 follow"),
     "something behind": (lambda: DATA + b"x", FormatError, "comment has 0 bytes; 1 follow"),
     "a version of the future": (
-        lambda: zipped({**unzip(DATA), "version": b"99"}),
-        fastsd.VersionError,
-        "has version 99",
-    ),
+        lambda: zipped({**unzip(DATA), "version": b"99"}), fastsd.VersionError, "has version 99"),
     "a version that is no number": (
-        lambda: zipped({**unzip(DATA), "version": b"x"}),
-        FormatError,
-        "version .* is no number",
-    ),
+        lambda: zipped({**unzip(DATA), "version": b"x"}), FormatError, "version .* is no number"),
 }
 
 
@@ -223,10 +166,7 @@ def end_field_values(offset, code, values):
 
 
 HOSTILE["more records than there are"] = (
-    lambda: end_field_values(8, "<HH", (60, 60)),
-    FormatError,
-    None,
-)
+    lambda: end_field_values(8, "<HH", (60, 60)), FormatError, None)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -234,11 +174,7 @@ def test_hostile_files(name, path):
     make, kind, message = HOSTILE[name]
     data = make()
     path.write_bytes(data)
-    for call in (
-        fastsd.load,
-        fastsd.open,
-        lambda f: fastsd.load(f, mmap=False, weights_only=False),
-    ):
+    for call in (fastsd.load, fastsd.open, lambda f: fastsd.load(f, mmap=False, weights_only=False)):
         with pytest.raises(kind, match=message) as caught:
             call(path)
         assert caught.value.path == str(path)

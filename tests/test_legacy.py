@@ -48,7 +48,6 @@ def nothing_executed(tmp_path, monkeypatch):
 
 NAMES = [name for name in PLAIN if name != "dtype views"]  # torch cannot read its own
 
-
 @pytest.mark.parametrize("weights_only", [None, True, False])
 @pytest.mark.parametrize("name", [*NAMES, "torch.sparse_coo", "quantized", "views", "uncoalesced"])
 def test_old_files(name, weights_only):
@@ -174,27 +173,11 @@ def test_sparse_tensors_are_checked(path):
 
 
 def test_sizes_that_are_not_so(path):
-    storage = (
-        tup(
-            text("storage"),
-            glob("torch.FloatStorage"),
-            text("0"),
-            text("cpu"),
-            integer(2**50),
-            b"N",
-        )
-        + b"Q"
-    )
+    storage = tup(text("storage"), glob("torch.FloatStorage"), text("0"), text("cpu"),
+                  integer(2**50), b"N") + b"Q"
     hooks = glob("collections.OrderedDict") + b")R"
-    tensor = call(
-        "torch._utils._rebuild_tensor_v2",
-        storage,
-        integer(0),
-        integers(1),
-        integers(1),
-        b"\x89",
-        hooks,
-    )
+    tensor = call("torch._utils._rebuild_tensor_v2", storage, integer(0), integers(1), integers(1),
+                  b"\x89", hooks)
     path.write_bytes(old_file(tensor))
     with pytest.raises(FormatError, match="it is damaged"):
         fastsd.load(path)
@@ -259,9 +242,7 @@ def script(tmp_path):
 
 @pytest.mark.parametrize("weights_only", [None, True])
 def test_torchscript_is_not_only_weights(weights_only, script):
-    with pytest.raises(
-        RuntimeError, match=f"{script}: Cannot use ``weights_only=True`` with Torch"
-    ):
+    with pytest.raises(RuntimeError, match=f"{script}: Cannot use ``weights_only=True`` with Torch"):
         fastsd.load(script, weights_only=weights_only)
     with pytest.raises(RuntimeError, match="Cannot use ``weights_only=True`` with Torch"):
         torch.load(script, weights_only=weights_only)

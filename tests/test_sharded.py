@@ -292,9 +292,7 @@ def test_a_tensor_in_two_shards(folder):
     save_shard({"a": torch.ones(1), "b": torch.ones(1)}, folder / "1.safetensors")
     save_shard({"b": torch.zeros(1)}, folder / "2.safetensors")
     index = write_index(folder, {"a": "1.safetensors", "b": "2.safetensors"})
-    with pytest.raises(
-        FormatError, match='"b" is in two shards, .*1.safe.* and .*2.safe'
-    ) as caught:
+    with pytest.raises(FormatError, match='"b" is in two shards, .*1.safe.* and .*2.safe') as caught:
         fastsd.load(folder)
     assert caught.value.path == str(index)
 
@@ -381,9 +379,7 @@ def test_a_shard_that_would_run_code(folder, monkeypatch):
     torch.save({"b.weight": torch.ones(1), "b.count": Exploit()}, shard)
     index = folder / KINDS["bin"]
     index.write_text(index.read_text().replace('"b.count"', '"b.weight"'), "utf-8")
-    write_index(
-        folder, {"a.weight": "model-00001-of-00002.bin", "b.weight": shard.name}, index.name
-    )
+    write_index(folder, {"a.weight": "model-00001-of-00002.bin", "b.weight": shard.name}, index.name)
     with pytest.raises(pickle.UnpicklingError, match=f"{re.escape(str(shard))}: Weights only"):
         fastsd.load(folder)
     assert fastsd.get_unsafe_globals_in_checkpoint(folder) == [f"{os.name}.mkdir"]
@@ -404,9 +400,7 @@ def test_a_shard_that_holds_no_dictionary(folder):
 def test_many_threads(folder):
     write_shards(folder)
     results = []
-    threads = [
-        threading.Thread(target=lambda: results.append(fastsd.load(folder))) for _ in range(8)
-    ]
+    threads = [threading.Thread(target=lambda: results.append(fastsd.load(folder))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

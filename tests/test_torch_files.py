@@ -156,9 +156,7 @@ def test_tensors_of_several_dtypes_over_one_storage():
 
 @pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
 def test_every_dtype(dtype):
-    load_both(
-        save({"a": filled((3, 4), dtype), "0-d": filled((), dtype), "e": filled((0,), dtype)})
-    )
+    load_both(save({"a": filled((3, 4), dtype), "0-d": filled((), dtype), "e": filled((0,), dtype)}))
 
 
 # ---- Byte orders ----
@@ -463,9 +461,7 @@ def test_prefix_select_and_rename(path):
         fastsd.load(path, prefix="nothing.")
 
 
-@pytest.mark.parametrize(
-    "name", ["views", "views beside a sparse tensor", "with attributes and sparse"]
-)
+@pytest.mark.parametrize("name", ["views", "views beside a sparse tensor", "with attributes and sparse"])
 def test_names_are_those_of_a_file_of_fastsds(name, path):
     torch.save(EVERYTHING[name](), path)
     fsd = path.with_suffix(".own")
@@ -510,16 +506,12 @@ def test_an_archive(mmap, path):
         assert info.path == str(path)
         assert archive.get_slice("list.0")[5:7].tolist() == [15, 16]
         assert archive.get_slice("model.weight")[1, ::2].tolist() == [4, 6]
-        assert archive.verify().checked_nbytes == 400 + sum(
-            t.nbytes for t in small_state().values()
-        )
+        assert archive.verify().checked_nbytes == 400 + sum(t.nbytes for t in small_state().values())
         assert archive.metadata == {}
 
 
 def test_the_names_of_what_an_unpickler_must_load(path):
-    torch.save(
-        {"a": torch.ones(2), "b": {"c": torch.zeros(3), "sparse": TENSORS["uncoalesced"]()}}, path
-    )
+    torch.save({"a": torch.ones(2), "b": {"c": torch.zeros(3), "sparse": TENSORS["uncoalesced"]()}}, path)
     with fastsd.open(path) as archive:
         assert not archive.is_plain
         assert list(archive) == ["a", "b.c"]
@@ -530,9 +522,7 @@ def test_the_names_of_what_an_unpickler_must_load(path):
 
 
 def test_any_damaged_record_is_found(path):
-    data = save(
-        {"a": torch.arange(100.0), "b": filled((1 << 20,), torch.uint8), "c": torch.ones(1)}
-    )
+    data = save({"a": torch.arange(100.0), "b": filled((1 << 20,), torch.uint8), "c": torch.ones(1)})
     for record in find_records(data):
         if not record.name.endswith((".pkl", "byteorder", "/version", *"012")):
             continue  # which is never read

@@ -35,7 +35,8 @@ struct Value {
   bool has_number = false;    // of a tuple: directly in it
 };
 
-// torch pickles such classes as arguments, and never calls of them.
+// torch pickles such classes as arguments, and calls only of the sparse ones, which take what they
+// are given.
 Role role_of(std::string_view module, std::string_view name) {
   const auto ends_with = [&](std::string_view end) {
     return name.size() >= end.size() && name.substr(name.size() - end.size()) == end;
@@ -43,8 +44,7 @@ Role role_of(std::string_view module, std::string_view name) {
   if (module == "builtins" || module == "__builtin__")
     return name == "bytearray" ? Role::kBytes : Role::kOther;
   if (module == "torch._tensor" && name == "_rebuild_from_type_v2") return Role::kRebuild;
-  for (const std::string_view own :
-       {"torch", "torch.cuda", "torch.sparse", "torch.cuda.sparse", "torch.storage"}) {
+  for (const std::string_view own : {"torch", "torch.cuda", "torch.storage"}) {
     if (module == own && (ends_with("Tensor") || ends_with("Storage"))) return Role::kMemory;
   }
   return Role::kOther;

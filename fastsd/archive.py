@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,11 +117,11 @@ class Archive(Mapping[str, torch.Tensor]):
         self._readers: list[_core.Reader] = list(readers)  # one a file; none once it is closed
         self._metadata = metadata
         self._device = torch.device(device)
-        self._places = {
-            name: (file, number)
-            for file, reader in enumerate(readers)
-            for number, name in enumerate(reader.names())
-        }
+        # Tensors are numbered file after file.
+        counts = [0, *(reader.tensor_count for reader in readers)]
+        self._first_numbers = list(accumulate(counts[:-1]))
+        names = chain.from_iterable(reader.names() for reader in readers)
+        self._numbers = {name: number for number, name in enumerate(names)}
         self._shared = {
             (file, storage)
             for file, reader in enumerate(readers)
@@ -135,13 +137,13 @@ class Archive(Mapping[str, torch.Tensor]):
         return self._read(name, ...)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._numbers)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._numbers)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self._numbers
 
     def __repr__(self) -> str:
         state = ", ".join(map(repr, self.files)) or "closed"
@@ -238,10 +240,11 @@ class Archive(Mapping[str, torch.Tensor]):
 
     def _find(self, name: str) -> tuple[int, TensorRecord, StorageRecord]:
         readers = self._open_readers()
-        if name not in self._places:
+        if name not in self._numbers:
             raise NamesError(f"holds no tensor {name!r}", path=readers[0].name)
-        file, number = self._places[name]
-        record = TensorRecord(*readers[file].tensor(number))
+        number = self._numbers[name]
+        file = bisect_right(self._first_numbers, number) - 1
+        record = TensorRecord(*readers[file].tensor(number - self._first_numbers[file]))
         return file, record, StorageRecord(*readers[file].storage(record.storage))
 
     def _read(self, name: str, index: Any) -> torch.Tensor:

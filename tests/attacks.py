@@ -1,4 +1,4 @@
-"""Files made to do harm: what the rows of tests/test_attacks.py are made of. Nothing here runs them."""
+"""Files made to do harm: what the rows of tests/test_attacks.py are made of."""
 
 import io
 import json

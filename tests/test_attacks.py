@@ -688,3 +688,46 @@ def test_the_canary_hatches_where_code_runs(tmp_path, monkeypatch):
     os.rmdir(CANARY)
     fastsd.load(tmp_path / "x", weights_only=False)
     assert sorted(os.listdir()) == [CANARY, "x"]
+
+
+# ---- Writing: what somebody has put where files are written ----
+
+
+@pytest.mark.parametrize("hidden", [".fastsd-x.fsd.tmp", "x.fsd.tmp", "x.fsd.part"])
+def test_links_in_the_place_of_temporary_files_are_not_followed(hidden, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    target = tmp_path / "x.fsd"
+    (tmp_path / hidden).symlink_to(victim)
+    source = tmp_path / "source.safetensors"
+    source.write_bytes(safetensors({"a": entry(0, 1)}, b"\1"))
+    fastsd.save({"a": torch.ones(1)}, target)
+    fastsd.convert(source, target)
+    assert victim.read_text() == "mine"
+    assert fastsd.load(target)["a"].tolist() == [1]
+
+
+def test_names_in_a_file_are_no_paths_of_what_is_converted(tmp_path):
+    (tmp_path / "out").mkdir()
+    source = tmp_path / "source.safetensors"
+    source.write_bytes(safetensors({"../../up": entry(0, 1), "/abs": entry(1, 2)}, b"\1\2"))
+    fastsd.convert(source, tmp_path / "out" / "x.fsd")
+    fastsd.convert(source, tmp_path / "out" / "x.pth", to="pth")
+    assert sorted(os.listdir(tmp_path)) == ["out", "source.safetensors"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["x.fsd", "x.pth"]
+
+
+# ---- The page ----
+
+
+def test_the_page_has_the_bounds_of_this_table():
+    page = (HERE.parent / "docs" / "SECURITY.md").read_text()
+    assert f"{FIXED_BYTES >> 20} MiB, and {FACTOR} bytes for each byte" in page
+    sources = "".join(
+        path.read_text()
+        for pattern in ("csrc/*.h", "csrc/*.cc", "fastsd/**/*.py")
+        for path in HERE.parent.glob(pattern)
+    )
+    bounds = page.split("## Bounds")[1].split("##")[0]
+    for constant in set(re.findall(r"`(k\w+|_\w+_MAX)`", bounds)):
+        assert re.search(rf"\b{constant} = ", sources), constant

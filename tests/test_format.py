@@ -2,11 +2,15 @@
 agree with the core, and the page's tables agree with the code."""
 
 import base64
+import hashlib
 import io
 import json
 import math
+import os
 import re
 import struct
+import subprocess
+import sys
 from collections import OrderedDict, namedtuple
 from pathlib import Path
 
@@ -767,16 +771,132 @@ def golden_tree():
     }
 
 
-@pytest.mark.parametrize("make", [golden_state, golden_tree])
-def test_golden_files(make):
-    name = f"v1_0_{make.__name__.removeprefix('golden_')}.fsd"
-    wanted, metadata = make(), {"made by": "fastsd", "$": "é"}
-    assert_same(fastsd.load(GOLDEN / name, verify="checksums"), wanted)
-    written = (GOLDEN / name).read_bytes()
+def golden_dtypes():
+    """A tensor of every dtype that torch has names and values for."""
+    return {str(dtype).removeprefix("torch."): filled((3, 2), dtype) for dtype in PLAIN_DTYPES}
+
+
+def golden_flat():
+    """The least: a dictionary, whose data have no checksums."""
+    neg = torch.tensor([1 + 2j]).conj().imag
+    return {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([-0.0]), "neg": neg}
+
+
+def golden_sparse():
+    """Of what no tree can hold, so that there is a pickle."""
+    tensor = torch.sparse_coo_tensor([[0, 2], [1, 0]], [1.5, -2.0], (3, 2), check_invariants=True)
+    return OrderedDict(sparse=tensor.coalesce(), dense=torch.arange(3), n=[1, "two"])
+
+
+METADATA = {"made by": "fastsd", "$": "é"}
+GOLDEN_OPTIONS = {
+    "state": {"metadata": METADATA},
+    "tree": {"metadata": METADATA},
+    "dtypes": {},
+    "flat": {"checksum": False},
+    "sparse": {"metadata": METADATA},
+}
+
+
+def write_golden(name):
+    return saved(globals()[f"golden_{name}"](), **GOLDEN_OPTIONS[name])
+
+
+@pytest.mark.parametrize("name", GOLDEN_OPTIONS)
+def test_golden_files(name):
+    wanted, options = globals()[f"golden_{name}"](), GOLDEN_OPTIONS[name]
+    metadata = options.get("metadata", {})
+    path = GOLDEN / f"v1_0_{name}.fsd"
+    written = path.read_bytes()
     file = reader.read(written)
-    assert_same(rebuild(file), wanted)
     assert file.metadata == metadata
-    with fastsd.open(GOLDEN / name) as archive:
+    for mmap in (True, False):
+        assert_same(fastsd.load(path, mmap=mmap), wanted)
+    with fastsd.open(path) as archive:
         assert archive.metadata == metadata
-    assert saved(wanted, metadata=metadata) == written
-    assert json.loads(file.sections[8]) == metadata
+        assert archive.version == (1, 0)
+        assert archive.verify().unchecked == (() if options.get("checksum", True) else (*wanted,))
+    if 9 in file.sections:
+        return  # how torch pickles is torch's, and not the same in all releases
+    assert_same(rebuild(file), wanted)
+    assert write_golden(name) == written
+
+
+def test_a_golden_file_has_every_feature():
+    """So that none is forgotten when one comes: sections, flags, kinds of storages, dtypes."""
+    files = [reader.read(path.read_bytes()) for path in GOLDEN.glob("v1_0_*.fsd")]
+    assert len(files) == len(GOLDEN_OPTIONS)
+    assert {kind for file in files for kind in file.sections} == set(range(1, 10))
+    tensors = [t for file in files for t in file.tensors]
+    assert {t.dtype for t in tensors} >= {str(d).removeprefix("torch.") for d in PLAIN_DTYPES}
+    flags = {1 << bit for bit in range(5) if any(t.flags & 1 << bit for t in tensors)}
+    assert flags == {REQUIRES_GRAD, PARAMETER, CONJ, NEG, 16}
+    assert any(t.same_as != number for file in files for number, t in enumerate(file.tensors))
+    storages = {s.flags for file in files for s in file.storages}
+    assert {0, CHECKSUM, NO_DATA} <= storages
+    assert {file.flags for file in files} == {0, 1}
+    assert {device for file in files for device in file.devices} == {"cpu", "meta"}
+    assert any(t.shape and 0 in t.shape for t in tensors)
+    assert any(t.shape == () for t in tensors)
+
+
+def test_a_golden_file_of_the_future():
+    """Version 1.7, with optional flags and sections that nobody knows yet, between those that are:
+    what this version knows is read."""
+    path = GOLDEN / "v1_7_future.fsd"
+    sections = [(8, 0, b'{"k":"v"}'), (10, 0, b"\xff" * 9), (999, 0, b"")]
+    written = write([FLOATS, BYTES], sections, flags=0xFFFF, version=(1, 7))
+    assert path.read_bytes() == written
+    assert_same(fastsd.load(path, verify="checksums"), OrderedDict(WANTED))
+    with fastsd.open(path) as archive:
+        assert archive.version == (1, 7)
+        assert archive.metadata == {"k": "v"}
+
+
+@pytest.mark.parametrize("bit", range(16, 32))
+def test_required_flags_that_are_not_known_are_refused(bit):
+    with pytest.raises(fastsd.VersionError, match="flag"):
+        fastsd.load(io.BytesIO(write([FLOATS], flags=1 << bit)))
+
+
+@pytest.mark.parametrize("kind", [10, 999])
+def test_required_sections_that_are_not_known_are_refused(kind):
+    with pytest.raises(fastsd.VersionError, match=f"section {kind}|{kind}"):
+        fastsd.load(io.BytesIO(write([FLOATS], [(kind, 1, b"new")])))
+
+
+SAVE_ALL = """
+import hashlib, sys
+sys.path.insert(0, sys.argv[1])
+import test_format, torch, io, fastsd
+for name in test_format.GOLDEN_OPTIONS:
+    print(name, hashlib.sha256(test_format.write_golden(name)).hexdigest())
+names = {"z", "y", "x", "w"}
+for format, value in (("fsd", names), ("pth", sorted(names))):  # torch's files have sets as they come
+    file = io.BytesIO()
+    fastsd.save({"b": torch.arange(3), "a": value}, file, format=format)
+    print(format, hashlib.sha256(file.getvalue()).hexdigest())
+file = io.BytesIO()
+fastsd.save({"b": torch.arange(3), "a": torch.ones(2)}, file, format="safetensors")
+print("safetensors", hashlib.sha256(file.getvalue()).hexdigest())
+"""
+
+
+def test_the_same_input_gives_the_same_bytes_in_every_process():
+    """Whatever order sets have there, and wherever in memory things are."""
+    found = []
+    for seed in ("0", "1", "12345"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", SAVE_ALL, str(HERE)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found.append(dict(line.split() for line in done.stdout.splitlines()))
+    assert len(found[0]) == len(GOLDEN_OPTIONS) + 3
+    assert found[0] == found[1] == found[2]
+    for name in GOLDEN_OPTIONS:
+        if name != "sparse":
+            golden = (GOLDEN / f"v1_0_{name}.fsd").read_bytes()
+            assert found[0][name] == hashlib.sha256(golden).hexdigest()

@@ -4,7 +4,6 @@ agree with the core, and the page's tables agree with the code."""
 import base64
 import hashlib
 import io
-import json
 import math
 import os
 import re

@@ -16,11 +16,11 @@ export SKBUILD_BUILD_DIR := $(BUILD)
 export SKBUILD_CMAKE_DEFINE := FASTSD_WERROR=ON;FASTSD_NATIVE_TESTS=ON
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build demo test bench lint format sanitize clean
+.PHONY: help build demo test test-slow bench lint format sanitize clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(VENV)/.ready: requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -46,9 +46,12 @@ build: $(BUILT) ## set up .venv and build the extension into it
 demo: $(BUILT) $(VENV)/.model ## save and load real models, beside torch and safetensors
 	$(BIN)/python benchmarks/demo.py
 
-test: $(BUILT) ## run every test (PYTEST_ARGS="-k name" selects)
+test: $(BUILT) ## run the tests (PYTEST_ARGS="-k name" selects)
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(BUILT) ## run the tests that take more than a few seconds each
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 bench: $(BUILT) ## measure against torch and safetensors
 	$(BIN)/python benchmarks/run.py

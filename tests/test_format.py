@@ -871,7 +871,7 @@ import test_format, torch, io, fastsd
 for name in test_format.GOLDEN_OPTIONS:
     print(name, hashlib.sha256(test_format.write_golden(name)).hexdigest())
 names = {"z", "y", "x", "w"}
-for format, value in (("fsd", names), ("pth", sorted(names))):  # torch's files have sets as they come
+for format, value in (("fsd", names), ("pth", sorted(names))):  # pickles have sets as they come
     file = io.BytesIO()
     fastsd.save({"b": torch.arange(3), "a": value}, file, format=format)
     print(format, hashlib.sha256(file.getvalue()).hexdigest())

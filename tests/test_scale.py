@@ -1,5 +1,5 @@
-"""Sizes that no test could fill: sparse files, long names, many dimensions, numbers beyond 32 and 53
-bits. What is opened costs what its header does; benchmarks/scale.py draws the curve."""
+"""Sizes that no test could fill: sparse files, long names, many dimensions, numbers beyond 32 bits
+and beyond 53. What is opened costs what its header does; benchmarks/scale.py draws the curve."""
 
 import io
 import json

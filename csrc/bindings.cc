@@ -180,11 +180,23 @@ class TensorPlan {
     layout_ = std::make_unique<SafetensorsLayout>(std::move(plan_), metadata);
   }
 
-  void write(const std::string& path, bool durable, bool checksum,
-             const std::vector<const Reader*>& dropped) {
+  std::unique_ptr<AtomicFile> write(const std::string& path, bool durable, bool checksum,
+                                    const std::vector<const Reader*>& dropped) {
     const WriteOptions options{durable, checksum, mappings_of(dropped)};
     const py::gil_scoped_release no_gil;
-    write_file(path, *layout_, options, check_signals);
+    return prepare_file(path, *layout_, options, check_signals);
+  }
+
+  bool reads_from(int descriptor, std::uint64_t offset) const {
+    const Plan& plan = layout_->plan();
+    const std::vector<Mapped> mappings = find_mappings(descriptor, offset);
+    for (std::size_t i = 0; i < plan.storages().size() && !mappings.empty(); ++i) {
+      if (stored_bytes(plan.storages()[i]) == 0) continue;
+      const Span<std::byte> source = plan.source(i, 0, plan.storages()[i].bytes);
+      for (const Mapped& mapped : mappings)
+        if (source.begin() < mapped.end && mapped.begin < source.end()) return true;
+    }
+    return false;
   }
 
   void prepare(bool checksum, const std::vector<const Reader*>& dropped) {
@@ -369,8 +381,7 @@ std::unique_ptr<Prefetch> start_prefetch(const Reader& reader, Numbers wanted) {
 }
 
 void drop_all_pages(const Reader& reader) {
-  if (reader.mapping())
-    drop_pages(reader.mapping()->data(), reader.header().preamble().file_bytes);
+  if (reader.mapping()) drop_pages(reader.mapping()->data(), reader.header().preamble().file_bytes);
 }
 
 std::vector<std::size_t> find_damage(const Reader& reader) {
@@ -505,6 +516,19 @@ void register_torch_pickle(py::module_& module) {
 }
 
 void register_plan(py::module_& module) {
+  py::class_<AtomicFile>(module, "PendingFile")
+      .def("commit", &AtomicFile::commit, py::arg("durable"),
+           py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "write_bytes",
+      [](const std::string& path, const std::string& bytes, bool durable) {
+        auto file = std::make_unique<AtomicFile>(path);
+        file->write_at(bytes.data(), bytes.size(), 0);
+        file->complete(durable);
+        return file;
+      },
+      py::arg("path"), py::arg("data"), py::arg("durable"),
+      py::call_guard<py::gil_scoped_release>());
   py::class_<TensorPlan>(module, "Plan")
       .def(py::init<const py::list&, const py::list&, const py::function&>(), py::arg("names"),
            py::arg("tensors"), py::arg("describe"))
@@ -517,6 +541,7 @@ void register_plan(py::module_& module) {
       .def("finish_safetensors", &TensorPlan::finish_safetensors, py::arg("metadata"))
       .def("write", &TensorPlan::write, py::arg("path"), py::arg("durable"), py::arg("checksum"),
            py::arg("dropped") = py::tuple())
+      .def("reads_from", &TensorPlan::reads_from, py::arg("descriptor"), py::arg("offset"))
       .def("prepare", &TensorPlan::prepare, py::arg("checksum"), py::arg("dropped") = py::tuple())
       .def("gather", &TensorPlan::gather_into, py::arg("begin"), py::arg("target"),
            py::arg("dropped") = py::tuple())

@@ -6,9 +6,10 @@
 
 namespace fastsd {
 
-// Each record `data/KEY` is a storage, whose checksum is its CRC-32, and a tensor of uint8 over all of it, named
-// KEY, in the order of the file. Sections: kPickle, the record data.pkl; kByteOrder, unless the
-// file has no such record, which old releases and others do not write: then it is little-endian.
+// Each record `data/KEY` is a storage, whose checksum is its CRC-32, and a tensor of uint8 over all
+// of it, named KEY, in the order of the file. Sections: kPickle, the record data.pkl; kByteOrder,
+// unless the file has no such record, which old releases and others do not write: then it is
+// little-endian.
 //
 // A TorchScript archive gives the section kTorchScript and nothing else: torch.jit reads it.
 //

@@ -67,6 +67,16 @@ def read_torch_pickle(
 def file_system(path: str | bytes) -> tuple[str, bool]:
     """Name of the file system that holds a file, and whether it is mapped by default."""
 
+class PendingFile(metaclass=_pybind11_type):
+    """A file that is complete and has no name yet. Nothing is left of it unless it is committed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def commit(self, durable: bool) -> None:
+        """Gives the file its name, in place of what is there."""
+
+def write_bytes(path: str | bytes, data: bytes, durable: bool) -> PendingFile:
+    """Writes a small file, which has yet to be committed."""
+
 class Plan(metaclass=_pybind11_type):
     """Tensors about to be written, which it keeps alive."""
 
@@ -98,9 +108,12 @@ class Plan(metaclass=_pybind11_type):
 
     def write(
         self, path: str | bytes, durable: bool, checksum: bool, dropped: Sequence[Reader] = ...
-    ) -> None:
-        """Writes the file, all at once. Pages of the mappings of ``dropped``, which nobody may have
-        changed, are dropped as soon as they have been written."""
+    ) -> PendingFile:
+        """Writes the file, which has yet to be committed. Pages of the mappings of ``dropped``,
+        which nobody may have changed, are dropped as soon as they have been written."""
+
+    def reads_from(self, descriptor: int, offset: int) -> bool:
+        """Whether tensors are mapped from what a descriptor's file has at ``offset`` or behind."""
 
     def prepare(self, checksum: bool, dropped: Sequence[Reader] = ...) -> None:
         """Before `gather`: where the file holds checksums, reads all data once."""

@@ -72,7 +72,7 @@ def write(
         with builtins.open(f, "wb") as stream:
             write_stream(plan, stream, durable=False, checksum=checksum, dropped=dropped)
     else:
-        plan.write(f, durable, checksum, dropped)
+        plan.write(f, durable, checksum, dropped).commit(durable)
 
 
 def _plan_fsd(obj: object, metadata: Mapping[str, str] | None, how: Pickling) -> _core.Plan:

@@ -7,16 +7,13 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from fastsd import _core
 from fastsd.errors import UnsupportedError
-from fastsd.files import replace_file
-from fastsd.saving import Format, make_plan, write
-
-if TYPE_CHECKING:
-    from fastsd import _core
+from fastsd.saving import Format, make_plan
 
 
 class Names(NamedTuple):
@@ -87,7 +84,10 @@ def write_sharded(
     """Writes a state_dict to files of at most ``max_shard_bytes`` each, and their index.
 
     Each shard is a dictionary of the same type, with the same `_metadata` and ``metadata``. One
-    that fits a single file has no index. The index comes last; each file appears all at once.
+    that fits a single file has no index. All files are written before the first gets its name, so
+    that an error leaves what was there; the index comes last. One that an earlier save left goes
+    before shards of the same names are replaced: a directory whose save was killed in between has
+    no index, and is refused, rather than showing shards of both.
     What an earlier save under these names would show in its place goes then: its index, or its
     only file. Other arguments as for `saving.make_plan` and `saving.write`. Returns the files'
     names. Raises what `plan_shards` and `fastsd.save` raise.
@@ -95,25 +95,33 @@ def write_sharded(
     os.makedirs(directory, exist_ok=True)
     shards = plan_shards(state_dict, format, max_shard_bytes)
     weight_map: dict[str, str] = {}
+    pending: list[_core.PendingFile] = []
     for file, names in shards.files.items():
         path = os.fsencode(os.path.join(directory, file))
         shard = _select(state_dict, names)
         plan = make_plan(shard, format, path, metadata, lossy=lossy)
-        write(plan, path, durable=durable, checksum=checksum, dropped=dropped)
+        pending.append(plan.write(path, durable, checksum, dropped))
         # safetensors' readers look for every name of the index in its file.
         left_out = {names[i] for i, _ in plan.tied} if format == "safetensors" else set()
         weight_map |= {name: file for name in names if name not in left_out}
     index = os.path.join(directory, NAMES[format].index_file)
     only = os.path.join(directory, NAMES[format].pattern.format(suffix=""))
-    if len(shards.files) == 1:
-        with suppress(FileNotFoundError):
-            os.unlink(index)
-        return list(shards.files)
-    content = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
-    replace_file(index, json.dumps(content, indent=2).encode() + b"\n", durable=durable)
+    is_one = len(shards.files) == 1
+    if not is_one:
+        content = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
+        data = json.dumps(content, indent=2).encode() + b"\n"
+        pending.append(_core.write_bytes(os.fsencode(index), data, durable))
+    if not is_one and any(os.path.exists(os.path.join(directory, file)) for file in shards.files):
+        _remove(index)
+    for pending_file in pending:
+        pending_file.commit(durable)
+    _remove(index if is_one else only)
+    return list(shards.files) if is_one else [*shards.files, NAMES[format].index_file]
+
+
+def _remove(path: str) -> None:
     with suppress(FileNotFoundError):
-        os.unlink(only)
-    return [*shards.files, NAMES[format].index_file]
+        os.unlink(path)
 
 
 def _select(state_dict: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:

@@ -219,8 +219,9 @@ class TensorPlan {
     layout_ = std::make_unique<SafetensorsLayout>(std::move(plan_), metadata);
   }
 
-  void write(const std::string& path, bool durable, bool checksum,
-             const std::vector<const MappedFile*>& mapped, const py::object& on_written) {
+  std::unique_ptr<AtomicFile> write(const std::string& path, bool durable, bool checksum,
+                                    const std::vector<const MappedFile*>& mapped,
+                                    const py::object& on_written) {
     std::atomic<std::uint64_t> written{0};
     const WriteOptions options{durable, checksum, mappings_of(mapped), &written};
     const Interrupt poll = [&] {
@@ -229,7 +230,19 @@ class TensorPlan {
       return PyErr_CheckSignals() != 0 || !report(on_written, written);
     };
     const py::gil_scoped_release no_gil;
-    write_file(path, *layout_, options, poll);
+    return prepare_file(path, *layout_, options, poll);
+  }
+
+  bool reads_from(int descriptor, std::uint64_t offset) const {
+    const Plan& plan = layout_->plan();
+    const std::vector<Mapped> mappings = find_mappings(descriptor, offset);
+    for (std::size_t i = 0; i < plan.storages().size() && !mappings.empty(); ++i) {
+      if (stored_bytes(plan.storages()[i]) == 0) continue;
+      const Span<std::byte> source = plan.source(i, 0, plan.storages()[i].bytes);
+      for (const Mapped& mapped : mappings)
+        if (source.begin() < mapped.end && mapped.begin < source.end()) return true;
+    }
+    return false;
   }
 
   void prepare(bool checksum, const std::vector<const MappedFile*>& mapped) {
@@ -562,6 +575,19 @@ void register_torch_pickle(py::module_& module) {
 }
 
 void register_plan(py::module_& module) {
+  py::class_<AtomicFile>(module, "PendingFile")
+      .def("commit", &AtomicFile::commit, py::arg("durable"),
+           py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "write_bytes",
+      [](const std::string& path, const std::string& bytes, bool durable) {
+        auto file = std::make_unique<AtomicFile>(path);
+        file->write_at(bytes.data(), bytes.size(), 0);
+        file->complete(durable);
+        return file;
+      },
+      py::arg("path"), py::arg("data"), py::arg("durable"),
+      py::call_guard<py::gil_scoped_release>());
   py::class_<TensorPlan>(module, "Plan")
       .def(py::init<const py::list&, const py::list&, const py::function&>(), py::arg("names"),
            py::arg("tensors"), py::arg("describe"))
@@ -574,6 +600,7 @@ void register_plan(py::module_& module) {
       .def("finish_safetensors", &TensorPlan::finish_safetensors, py::arg("metadata"))
       .def("write", &TensorPlan::write, py::arg("path"), py::arg("durable"), py::arg("checksum"),
            py::arg("mapped") = py::tuple(), py::arg("on_written") = py::none())
+      .def("reads_from", &TensorPlan::reads_from, py::arg("descriptor"), py::arg("offset"))
       .def("prepare", &TensorPlan::prepare, py::arg("checksum"), py::arg("mapped") = py::tuple())
       .def("gather", &TensorPlan::gather_into, py::arg("begin"), py::arg("target"),
            py::arg("mapped") = py::tuple())

@@ -16,6 +16,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <mutex>
 #include <new>
 #include <random>
 #include <vector>
@@ -339,6 +341,37 @@ void File::read_ahead(std::uint64_t begin, std::uint64_t bytes) const {
 
 // ---- Memory ----
 
+namespace {
+
+// The mappings that are there, by their addresses.
+struct MappedFile {
+  std::uint64_t offset;
+  std::uint64_t bytes;
+  dev_t device;
+  ino_t inode;
+};
+std::mutex mapped_mutex;
+
+std::map<const std::byte*, MappedFile>& mapped_files() {
+  static auto* files = new std::map<const std::byte*, MappedFile>;  // tensors may outlive statics
+  return *files;
+}
+
+}  // namespace
+
+std::vector<Mapped> find_mappings(int descriptor, std::uint64_t offset) {
+  std::vector<Mapped> found;
+  struct stat status{};
+  if (::fstat(descriptor, &status) != 0) return found;
+  const std::lock_guard<std::mutex> lock(mapped_mutex);
+  for (const auto& [begin, file] : mapped_files()) {
+    const std::uint64_t skipped = offset - std::min(offset, file.offset);
+    if (file.device == status.st_dev && file.inode == status.st_ino && skipped < file.bytes)
+      found.push_back({begin + skipped, begin + file.bytes});
+  }
+  return found;
+}
+
 std::shared_ptr<Memory> Memory::map(const File& file, std::uint64_t bytes) {
   // Private and writable: tensors are edited in place, and the file never changes. MAP_NORESERVE: a
   // mapping larger than memory is fine, as only pages that are written take any.
@@ -348,7 +381,13 @@ std::shared_ptr<Memory> Memory::map(const File& file, std::uint64_t bytes) {
              file.descriptor(), static_cast<off_t>(file.begin() - skipped));
   if (address == MAP_FAILED) fail(file.name());
   auto* data = static_cast<std::byte*>(address) + skipped;
-  return std::shared_ptr<Memory>(new Memory(data, bytes, true));
+  std::shared_ptr<Memory> memory(new Memory(data, bytes, true));
+  struct stat status{};
+  if (::fstat(file.descriptor(), &status) == 0) {
+    const std::lock_guard<std::mutex> lock(mapped_mutex);
+    mapped_files()[data] = {file.begin(), bytes, status.st_dev, status.st_ino};
+  }
+  return memory;
 }
 
 std::shared_ptr<Memory> Memory::allocate(std::uint64_t bytes) {
@@ -363,6 +402,10 @@ std::shared_ptr<Memory> Memory::allocate(std::uint64_t bytes) {
 
 Memory::~Memory() {
   if (is_mapped_) {
+    {
+      const std::lock_guard<std::mutex> lock(mapped_mutex);  // before others can be mapped there
+      mapped_files().erase(data_);
+    }
     const std::uint64_t skipped = page_offset(data_);
     ::munmap(data_ - skipped, skipped + bytes_);
   } else {
@@ -530,9 +573,12 @@ Descriptor AtomicFile::link_hidden() {
   return lock;
 }
 
-void AtomicFile::commit(bool durable) {
+void AtomicFile::complete(bool durable) {
   if (durable) sync(descriptor_.get(), path_);
   flush(descriptor_.get(), path_);
+}
+
+void AtomicFile::commit(bool durable) {
   const Descriptor lock = hidden_name_.empty() ? link_hidden() : Descriptor();
   const auto rename = [&] {
     return ::renameat(directory_.get(), hidden_name_.c_str(), directory_.get(), name_.c_str());

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace fastsd {
 
@@ -130,6 +131,14 @@ class Memory {
   bool is_mapped_;
 };
 
+// Where Memory::map has the bytes of a descriptor's file, from `offset` on, in memory now.
+// Thread-safe.
+struct Mapped {
+  const std::byte* begin;
+  const std::byte* end;
+};
+std::vector<Mapped> find_mappings(int descriptor, std::uint64_t offset);
+
 // Gives the pages of mapped memory that hold [begin, begin + bytes) back to the system; what is
 // there is read from the file when it is needed again. REQUIRES: nobody has written to them.
 void drop_pages(const std::byte* begin, std::uint64_t bytes);
@@ -171,8 +180,12 @@ class AtomicFile {
   void write_at(const void* source, std::size_t bytes, std::uint64_t offset);
   void truncate(std::uint64_t bytes);
 
-  // Gives the file its name. If `durable`, file and directory are on the device when this returns;
-  // if it throws, the file may have its name already.
+  // Called once everything has been written: throws what file systems tell only then. If `durable`,
+  // the bytes are on the device when this returns.
+  void complete(bool durable);
+
+  // Gives the file its name, if `durable` on the device; if it throws then, the file may have its
+  // name already. REQUIRES: complete() has been called.
   void commit(bool durable);
 
  private:

@@ -216,14 +216,15 @@ class FileWriter {
         plan_(layout.plan()),
         options_(options),
         checksum_(layout.checksum(options.checksum)),
-        file_(path) {
+        owned_file_(std::make_unique<AtomicFile>(path)),
+        file_(*owned_file_) {
     file_.reserve(layout.file_bytes());
     is_direct_ = options.durable && layout.file_bytes() >= kDirectBytesMin && file_.bypass_cache();
     if (is_direct_) window_bytes_ = kDirectWindowBytes;
   }
 
-  // The data comes first, then what depends on its checksums.
-  void write(const Interrupt& interrupt) {
+  // The data comes first, then what depends on its checksums. Called once.
+  std::unique_ptr<AtomicFile> write(const Interrupt& interrupt) {
     const std::uint64_t data_begin = align_down(layout_.data_begin());
     const std::uint64_t first = data_begin / window_bytes_;
     const std::uint64_t count = (layout_.data_end() + window_bytes_ - 1) / window_bytes_ - first;
@@ -241,7 +242,8 @@ class FileWriter {
     write_range(content, 0, layout_.data_begin(), workers[0].slab);
     write_range(content, layout_.data_end(), layout_.file_bytes(), workers[0].slab);
     if (is_direct_) file_.truncate(layout_.file_bytes());
-    file_.commit(options_.durable);
+    file_.complete(options_.durable);
+    return std::move(owned_file_);
   }
 
  private:
@@ -342,16 +344,22 @@ class FileWriter {
   Plan& plan_;
   const WriteOptions& options_;
   const Checksum* checksum_;
-  AtomicFile file_;
+  std::unique_ptr<AtomicFile> owned_file_;
+  AtomicFile& file_;
   bool is_direct_ = false;
   std::uint64_t window_bytes_ = kBufferedWindowBytes;
 };
 
 }  // namespace
 
+std::unique_ptr<AtomicFile> prepare_file(const std::string& path, Layout& layout,
+                                         const WriteOptions& options, const Interrupt& interrupt) {
+  return FileWriter(path, layout, options).write(interrupt);
+}
+
 void write_file(const std::string& path, Layout& layout, const WriteOptions& options,
                 const Interrupt& interrupt) {
-  FileWriter(path, layout, options).write(interrupt);
+  prepare_file(path, layout, options, interrupt)->commit(options.durable);
 }
 
 void checksum_storages(Layout& layout, const WriteOptions& options, const Interrupt& interrupt) {

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -30,8 +31,12 @@ struct WriteOptions {
   std::atomic<std::uint64_t>* written = nullptr;  // counts the bytes of storages as they are done
 };
 
-// Writes the file to `path` (see AtomicFile for what happens to one that is there). Needs at most
-// kWriteMemoryBytes of memory beyond the layout.
+// Writes a file that is complete and has yet to be committed to `path` (see AtomicFile for what
+// happens to one that is there). Needs at most kWriteMemoryBytes of memory beyond the layout.
+std::unique_ptr<AtomicFile> prepare_file(const std::string& path, Layout& layout,
+                                         const WriteOptions& options, const Interrupt& interrupt);
+
+// Commits it, too.
 void write_file(const std::string& path, Layout& layout, const WriteOptions& options,
                 const Interrupt& interrupt);
 constexpr std::uint64_t kWriteMemoryBytes = std::uint64_t{40} << 20U;

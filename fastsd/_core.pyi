@@ -90,6 +90,16 @@ class MappedFile(metaclass=_pybind11_type):
     def tensor(self) -> torch.Tensor:
         """The mapping as a uint8 tensor, which outlives this."""
 
+class PendingFile(metaclass=_pybind11_type):
+    """A file that is complete and has no name yet. Nothing is left of it unless it is committed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def commit(self, durable: bool) -> None:
+        """Gives the file its name, in place of what is there."""
+
+def write_bytes(path: str | bytes, data: bytes, durable: bool) -> PendingFile:
+    """Writes a small file, which has yet to be committed."""
+
 class Plan(metaclass=_pybind11_type):
     """Tensors about to be written, which it keeps alive."""
 
@@ -126,11 +136,14 @@ class Plan(metaclass=_pybind11_type):
         checksum: bool,
         mapped: Sequence[MappedFile] = ...,
         on_written: Callable[[int], None] | None = None,
-    ) -> None:
-        """Writes the file, all at once. What lies in the memory of ``mapped``, which nobody may
-        have changed, is read from the files: that takes no memory, and where a file has become
-        shorter TruncatedError is raised. ``on_written`` is told, now and then, how many bytes have
-        been written; what it raises stops the writing."""
+    ) -> PendingFile:
+        """Writes the file, which has yet to be committed. What lies in the memory of ``mapped``,
+        which nobody may have changed, is read from the files: that takes no memory, and where a
+        file has become shorter TruncatedError is raised. ``on_written`` is told, now and then, how
+        many bytes have been written; what it raises stops the writing."""
+
+    def reads_from(self, descriptor: int, offset: int) -> bool:
+        """Whether tensors are mapped from what a descriptor's file has at ``offset`` or behind."""
 
     def prepare(self, checksum: bool, mapped: Sequence[MappedFile] = ...) -> None:
         """Before `gather`: where the file holds checksums, reads all data once."""

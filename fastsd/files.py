@@ -287,9 +287,11 @@ def write_stream(
 
     What lies in the memory of ``mapped`` is read from the files: see `_core.Plan.write`. With
     ``durable``, which takes a file that has a descriptor, it is on its device when this returns.
-    Raises what the object raises.
+    Raises what the object raises, and ValueError, before anything is written, for a file that would
+    change under the tensors that are mapped from it.
     """
     descriptor = f.fileno() if durable else -1  # raises before anything is written
+    _check_not_read(plan, f)
     plan.prepare(checksum, mapped)
     slab = memoryview(bytearray(min(_WRITE_BYTES, plan.file_bytes)))
     for begin in range(0, plan.file_bytes, _WRITE_BYTES):
@@ -300,6 +302,18 @@ def write_stream(
         f.flush()
     if durable:
         os.fsync(descriptor)
+
+
+def _check_not_read(plan: _core.Plan, f: Any) -> None:
+    try:
+        descriptor = f.fileno()
+    except (AttributeError, OSError, ValueError):
+        return
+    if isinstance(descriptor, int) and plan.reads_from(descriptor, _tell(f) or 0):
+        raise ValueError(
+            f"{f} is the file that tensors to be saved are mapped from: save to its path, which "
+            "replaces it, or load them with mmap=False"
+        )
 
 
 def _write_all(f: Any, data: memoryview) -> None:
@@ -316,26 +330,3 @@ def _write_all(f: Any, data: memoryview) -> None:
         if not 0 < written <= len(data):
             raise ValueError(f"write() took {written} bytes of the {len(data)} that it was given")
         data = data[written:]
-
-
-def replace_file(path: str, data: bytes, *, durable: bool) -> None:
-    """Writes a small file, which appears all at once, as those of the core do."""
-    folder, name = os.path.split(path)
-    hidden = os.path.join(folder, f".fastsd-{os.getpid()}-{name}.tmp")
-    try:
-        with open(hidden, "wb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(hidden, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(hidden)
-        raise
-    if durable:
-        descriptor = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -73,7 +73,7 @@ def write(
         with builtins.open(f, "wb") as stream:
             write_stream(plan, stream, durable=False, checksum=checksum, mapped=mapped)
     else:
-        plan.write(f, durable, checksum, mapped, on_written)
+        plan.write(f, durable, checksum, mapped, on_written).commit(durable)
 
 
 def _plan_fsd(obj: object, metadata: Mapping[str, str] | None, how: Pickling) -> _core.Plan:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 
+from fastsd import _core
 from fastsd.errors import UnsupportedError
-from fastsd.files import replace_file
-from fastsd.saving import Format, make_plan, write
-
-if TYPE_CHECKING:
-    from fastsd import _core
+from fastsd.saving import Format, make_plan
 
 
 class Names(NamedTuple):
@@ -105,60 +102,47 @@ def write_sharded(
     """Writes a state_dict to files of at most ``max_shard_bytes`` each, and their index.
 
     Each shard is a dictionary of the same type, with the same `_metadata` and ``metadata``. One
-    that fits a single file has no index. The index comes last; each file appears all at once, and
-    goes again if a later one cannot be written, unless it has replaced another. What an earlier
-    save under these names would show in its place goes then: its index, or its only file. Other
-    arguments as for `saving.make_plan` and `saving.write`. Returns the files' names. Raises what
-    `plan_shards` and `fastsd.save` raise.
+    that fits a single file has no index. All files are written before the first gets its name, so
+    that an error leaves what was there; the index comes last. One that an earlier save left goes
+    before shards of the same names are replaced: a directory whose save was killed in between has
+    no index, and is refused, rather than showing shards of both. What an earlier save under these
+    names would show in its place goes then: its index, or its only file. Other arguments as for
+    `saving.make_plan` and `saving.write`. Returns the files' names. Raises what `plan_shards` and
+    `fastsd.save` raise.
     """
     shards = plan_shards(state_dict, format, max_shard_bytes)
     os.makedirs(directory, exist_ok=True)
+    weight_map: dict[str, str] = {}
+    pending: list[_core.PendingFile] = []
+    done = 0
+    for file, names in shards.files.items():
+        path = os.fsencode(os.path.join(directory, file))
+        plan = make_plan(select(state_dict, names), format, path, metadata, lossy=lossy)
+        pending.append(plan.write(path, durable, checksum, mapped, _add_to(done, on_written)))
+        done += plan.file_bytes
+        if on_written is not None:
+            on_written(done)
+        # safetensors' readers look for every name of the index in its file.
+        left_out = {names[i] for i, _ in plan.tied} if format == "safetensors" else set()
+        weight_map |= {name: file for name in names if name not in left_out}
     index = os.path.join(directory, NAMES[format].index_file)
     only = os.path.join(directory, NAMES[format].pattern.format(suffix=""))
-    weight_map: dict[str, str] = {}
-    done = 0
-    with _removing_new() as started:
-        for file, names in shards.files.items():
-            path = os.path.join(directory, file)
-            plan = make_plan(
-                *(select(state_dict, names), format, os.fsencode(path), metadata), lossy=lossy
-            )
-            started(path)
-            report = _add_to(done, on_written)
-            options = {"durable": durable, "checksum": checksum}
-            write(plan, os.fsencode(path), **options, mapped=mapped, on_written=report)
-            done += plan.file_bytes
-            if on_written is not None:
-                on_written(done)
-            # safetensors' readers look for every name of the index in its file.
-            left_out = {names[i] for i, _ in plan.tied} if format == "safetensors" else set()
-            weight_map |= {name: file for name in names if name not in left_out}
-        if len(shards.files) > 1:
-            content = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
-            replace_file(index, json.dumps(content, indent=2).encode() + b"\n", durable=durable)
-    is_alone = len(shards.files) == 1
+    is_one = len(shards.files) == 1
+    if not is_one:
+        content = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
+        data = json.dumps(content, indent=2).encode() + b"\n"
+        pending.append(_core.write_bytes(os.fsencode(index), data, durable))
+    if not is_one and any(os.path.exists(os.path.join(directory, file)) for file in shards.files):
+        _remove(index)
+    for pending_file in pending:
+        pending_file.commit(durable)
+    _remove(index if is_one else only)
+    return list(shards.files) if is_one else [*shards.files, NAMES[format].index_file]
+
+
+def _remove(path: str) -> None:
     with suppress(FileNotFoundError):
-        os.unlink(index if is_alone else only)
-    return [*shards.files] if is_alone else [*shards.files, NAMES[format].index_file]
-
-
-@contextmanager
-def _removing_new() -> Iterator[Callable[[str], None]]:
-    """Gives a function that is told of files which are about to be written. After an error those
-    that were not there before are removed."""
-    new: list[str] = []
-
-    def start(path: str) -> None:
-        if not os.path.lexists(path):
-            new.append(path)
-
-    try:
-        yield start
-    except BaseException:
-        for path in new:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-        raise
+        os.unlink(path)
 
 
 def _add_to(done: int, on_written: Callable[[int], None] | None) -> Callable[[int], None] | None:

@@ -641,7 +641,7 @@ def test_streams_that_were_changed_anywhere_are_loaded_or_refused(data, tmp_path
         stream[place] = data.draw(st.integers(0, 255))
     path = tmp_path_factory.mktemp("changed") / "x.fsd"
     plan = plan_pickled(pickled.Pickled(bytes(stream), dict(DATA)), "fsd", None, None)
-    plan.write(bytes(path), False, True)
+    plan.write(bytes(path), False, True).commit(False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -135,7 +135,7 @@ def test_durable_files_are_the_same(tmp_path):
 def test_a_stream_and_its_storages_are_laid_out_without_unpickling(tmp_path):
     parts = pickled.dump(OBJECTS["nested"], None, None)
     plan = pickled.plan_zip(pickled.wrap_stream(parts.stream), parts.storages, "x")
-    plan.write(os.fsencode(tmp_path / "x.pth"), False, True)
+    plan.write(os.fsencode(tmp_path / "x.pth"), False, True).commit(False)
     found = (tmp_path / "x.pth").read_bytes()
     wanted = saved_by(torch.save, OBJECTS["nested"], tmp_path / "x.pth")
     assert without_id(found) == without_id(wanted)

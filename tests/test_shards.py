@@ -1,5 +1,6 @@
 """State_dicts in several files, by Hugging Face's convention."""
 
+import errno
 import json
 import os
 from collections import OrderedDict
@@ -9,6 +10,7 @@ import torch
 from same import assert_same, filled
 
 import fastsd
+from fastsd import _core, shards
 from fastsd.shards import NAMES, plan_shards, write_sharded
 
 hub = pytest.importorskip("huggingface_hub")
@@ -106,23 +108,6 @@ def test_what_fits_one_file_has_no_index(format, tmp_path):
     assert LOADERS[format](tmp_path / only) == {}
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_the_index_comes_last(format, tmp_path, monkeypatch):
-    write_sharded(make_state(), tmp_path, format, 1000)
-    before = read_index(tmp_path, format)
-    folder = tmp_path / NAMES[format].index_file
-
-    def fail(source, target):
-        assert target == str(folder)
-        raise OSError("no")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="no"):
-        write_sharded(make_state(), tmp_path, format, 4000)
-    assert read_index(tmp_path, format) == before
-    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
-
-
 def test_what_is_no_tensor_is_refused(tmp_path):
     with pytest.raises(fastsd.UnsupportedError, match=r"\['a', 'b'\]"):
         write_sharded({"a": 1, "b": {}, "c": torch.ones(1)}, tmp_path, "pth", 1000)
@@ -153,3 +138,83 @@ def test_transformers_reads_it(format, tmp_path):
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert_same(dict(loaded.state_dict()), dict(model.state_dict()))
+
+
+# ---- Over what an earlier save left ----
+
+
+def by_name(state):
+    return dict(sorted(state.items()))
+
+
+def save_both(folder, format):
+    """An old save and a new one, whose shards have the same names."""
+    state = by_name(make_state())
+    del state["tied"]
+    old = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    new = {name: torch.ones_like(tensor) for name, tensor in old.items()}
+    files = write_sharded(old, folder, format, 1000)
+    return old, new, files
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_save_that_fails_leaves_the_old_one(format, tmp_path, monkeypatch):
+    old, new, files = save_both(tmp_path, format)
+    make_plan = shards.make_plan
+    for failing in files[:-1]:  # of which the index is the last
+
+        def fail(shard, format, path, *args, failing=failing, **kwargs):
+            if path.endswith(failing.encode()):
+                raise OSError(errno.ENOSPC, "full")
+            return make_plan(shard, format, path, *args, **kwargs)
+
+        monkeypatch.setattr(shards, "make_plan", fail)
+        with pytest.raises(OSError, match="full"):
+            write_sharded(new, tmp_path, format, 1000)
+        assert_same(by_name(fastsd.load(tmp_path)), old)
+        assert sorted(os.listdir(tmp_path)) == sorted(files)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_shards_of_two_saves_are_never_shown_as_one(format, tmp_path):
+    """Whichever of the calls that change the directory is the last one that a process makes."""
+    _, new, files = save_both(tmp_path / "0", format)
+    seen = set()
+    for count in range(len(files) + 3):
+        folder = tmp_path / str(count)
+        old, new, _ = save_both(folder, format)
+        child = os.fork()
+        if child == 0:
+            os._exit(save_and_die(new, folder, format, count))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (0, 77)
+        try:
+            found = by_name(fastsd.load(folder))
+        except FileNotFoundError:
+            seen.add("none")
+            continue
+        is_old = not any(tensor.any() for tensor in found.values())
+        assert_same(found, old if is_old else new)
+        seen.add("old" if is_old else "new")
+    assert seen == {"old", "none", "new"}
+    write_sharded(new, tmp_path / "2", format, 1000)
+    assert_same(by_name(fastsd.load(tmp_path / "2")), new)
+
+
+def save_and_die(state, folder, format, count):
+    """Saves in a process that ends in place of the call after `count` ones."""
+    left = count
+
+    def dying(call):
+        def count_down(*args, **kwargs):
+            nonlocal left
+            if left == 0:
+                os._exit(77)
+            left -= 1
+            return call(*args, **kwargs)
+
+        return count_down
+
+    os.unlink = dying(os.unlink)
+    _core.PendingFile.commit = dying(_core.PendingFile.commit)
+    write_sharded(state, folder, format, 1000)
+    return 0

@@ -180,6 +180,7 @@ TEST(crash_at_any_call_that_bypasses_the_cache) {
     static_cast<void>(file.bypass_cache());
     file.write_at(memory->data(), bytes, 0);
     file.truncate(bytes - 100);
+    file.complete(true);
     file.commit(true);
   };
   for (const bool has_unnamed_files : {false, true})

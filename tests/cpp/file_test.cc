@@ -34,6 +34,7 @@ void write_atomically(const std::string& path, const std::string& bytes, bool du
   AtomicFile file(path);
   file.reserve(bytes.size());
   file.write_at(bytes.data(), bytes.size(), 0);
+  file.complete(durable);
   file.commit(durable);
 }
 
@@ -338,6 +339,7 @@ TEST(atomic_file_appears_when_committed) {
     AtomicFile file(path);
     file.write_at(bytes.data(), bytes.size(), 0);
     CHECK(read_whole(path) == before);
+    file.complete(durable);
     file.commit(durable);
     CHECK(read_whole(path) == bytes);
     CHECK(folder.file_count() == 1);
@@ -394,6 +396,7 @@ TEST(atomic_file_removes_hidden_files_of_the_dead_only) {
   CHECK(folder.file_count() == 3);
   write_atomically(folder.path("c"), "new");
   CHECK(folder.file_count() == 3 && read_whole(folder.path("c")) == "new");
+  living.complete(false);
   living.commit(false);
   CHECK(read_whole(folder.path("a")) == "alive" && fs::exists(other));
 }
@@ -491,6 +494,7 @@ TEST(atomic_file_is_written_in_pieces_of_any_number) {
   file.write_at("abc", 3, 0);
   file.write_at("", 0, 0);
   file.truncate(expected.size() + 3);
+  file.complete(false);
   file.commit(false);
   CHECK(read_whole(path) == "abc" + expected);
 }
@@ -506,6 +510,7 @@ TEST(atomic_file_bypasses_the_cache_in_whole_blocks) {
   static_cast<void>(file.bypass_cache());  // where it cannot, the same calls work all the same
   file.write_at(block->data(), bytes, 0);
   file.truncate(bytes - 100);
+  file.complete(true);
   file.commit(true);
   CHECK(read_whole(path) == std::string(bytes - 100, 'd'));
 }

@@ -16,11 +16,11 @@ export SKBUILD_BUILD_DIR := $(BUILD)
 export SKBUILD_CMAKE_DEFINE := FASTSD_WERROR=ON;FASTSD_NATIVE_TESTS=ON
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build demo test test-slow bench lint format sanitize clean
+.PHONY: help build demo test test-slow bench lint format crash sanitize sanitize-thread clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(VENV)/.ready: requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -69,11 +69,21 @@ format: $(VENV)/.ready ## rewrite the sources in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+crash: $(BUILT) ## kill savers, and fail every call of large and small saves (minutes)
+	FASTSD_SLOW=1 $(BIN)/ctest --test-dir $(BUILD) --verbose --no-tests=error
+	$(BIN)/python -m pytest -m crash $(PYTEST_ARGS)
+
 sanitize: $(VENV)/.ready ## run the C++ tests under ASan and UBSan
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	  -DFASTSD_PYTHON=OFF -DFASTSD_NATIVE_TESTS=ON -DFASTSD_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+
+sanitize-thread: $(VENV)/.ready ## run the C++ tests under TSan
+	$(BIN)/cmake -S . -B build/sanitize-thread -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DFASTSD_PYTHON=OFF -DFASTSD_NATIVE_TESTS=ON -DFASTSD_SANITIZE=thread
+	$(BIN)/cmake --build build/sanitize-thread
+	$(BIN)/ctest --test-dir build/sanitize-thread --output-on-failure --no-tests=error
 
 clean: ## remove what was built, but not .venv
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -275,7 +275,7 @@ class Archive(Mapping[str, torch.Tensor]):
         self, file: int, record: TensorRecord, offset: int, itemsize: int
     ) -> tuple[torch.Tensor, int]:
         """Bytes of a storage that hold a part of it, on the device, and where they start in it."""
-        reader = self._readers[file]
+        reader = self._open_readers()[file]
         number = record.storage
         if (file, number) in self._shared:
             base = self._bases.get((file, number))

@@ -401,16 +401,34 @@ for i in range(int(sys.argv[3])):
     os.waitpid(child, 0)
     found = fastsd.load(path, verify="checksums")
     assert found.shape == (count,) and found.min() == found.max()
-    # See the next test.
-    for name in os.listdir("."):
-        name == path or os.unlink(name)
+    fastsd.save(contents[0], path)
+    assert os.listdir(".") == [path], os.listdir(".")
 """
+
+
+def kill_savers(path, count, kills, env=None):
+    arguments = [sys.executable, "-c", KILLED, path.name, str(count), str(kills)]
+    subprocess.run(arguments, cwd=path.parent, check=True, env=env)
 
 
 @pytest.mark.parametrize(("count", "kills"), [(5_000_000, 10), (1000, 20)], ids=["large", "small"])
 def test_a_killed_process_leaves_a_whole_file(count, kills, path):
-    arguments = [sys.executable, "-c", KILLED, path.name, str(count), str(kills)]
-    subprocess.run(arguments, cwd=path.parent, check=True)
+    kill_savers(path, count, kills)
+
+
+@pytest.mark.crash
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "kills"), [(5_000_000, 100), (200_000, 200), (1000, 200)], ids=str
+)
+def test_hundreds_of_killed_processes_leave_a_whole_file(count, kills, path):
+    kill_savers(path, count, kills)
+
+
+@pytest.mark.crash
+@pytest.mark.slow
+def test_hundreds_of_killed_processes_that_have_no_nameless_files(path, preload):
+    kill_savers(path, 200_000, 200, preload(NO_UNNAMED_FILES))
 
 
 # Kills the process when its file is complete and about to get its name.

@@ -195,5 +195,50 @@ TEST(crash_at_any_call_of_a_large_save) {
     check_saves(lay_out_tensors, {true, false, true, true}, (33U << 20U) + 777);
 }
 
+std::string load(const std::string& path, Access access) {
+  const Reader reader(path, access);
+  const std::vector<Bytes> all = reader.bytes_of({true, true}, nullptr);
+  if (!reader.find_damage(nullptr).empty()) throw Error(Failure::kFormat, "damage", path);
+  std::string content;
+  for (std::size_t i = 0; i < all.size(); ++i)
+    content.append(reinterpret_cast<const char*>(all[i].data), reader.index().storages[i].bytes);
+  return content;
+}
+
+// What is read is right, or an error names the file.
+void check_every_fault(const std::string& path, Access access, Injection injection) {
+  const std::string content = load(path, access);
+  CHECK(content.size() == 75'000);
+  for (;; ++injection.call) {
+    const Outcome outcome = run_with(injection, path.c_str(), [&] {
+      if (load(path, access) != content) throw Error(Failure::kFormat, "wrong bytes", path);
+    });
+    // The system never interrupts mmap().
+    const bool may_fail = injection.error == EIO || std::string(outcome.call) == "mmap";
+    const bool is_error = may_fail && outcome.end == End::kThrew;
+    if (!CHECK(outcome.end == End::kReturned || is_error)) {
+      std::printf("  call %zu, %s; fault %d, errno %d, end %d\n", injection.call, outcome.call,
+                  int(injection.fault), injection.error, int(outcome.end));
+    }
+    if (!outcome.is_injected) return;
+  }
+}
+
+TEST(any_call_of_a_load_may_fail) {
+  const Folder folder;
+  const std::string path = folder.path("x");
+  const std::vector<std::byte> memory = Random(62).bytes(100'000);
+  for (const LayOut lay_out_tensors : {lay_out_fsd, lay_out_safetensors}) {
+    write_file(path, *lay_out_tensors(make_tensors(memory)), {}, nullptr);
+    for (const Access access : {Access::kAuto, Access::kMap, Access::kRead}) {
+      for (const bool is_repeated : {false, true}) {
+        check_every_fault(path, access, {Fault::kError, EIO, 0, is_repeated});
+        check_every_fault(path, access, {Fault::kShort, 0, 0, is_repeated});
+      }
+      check_every_fault(path, access, {Fault::kError, EINTR});
+    }
+  }
+}
+
 }  // namespace
 }  // namespace fastsd::test

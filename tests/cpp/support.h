@@ -171,7 +171,7 @@ struct Tensor {
 };
 
 inline void add(Plan& plan, const Tensor& tensor) {
-  static std::deque<char> objects;
+  thread_local std::deque<char> objects;  // as many threads may plan
   const void* identity = tensor.identity != nullptr ? tensor.identity : &objects.emplace_back();
   Dims dims = tensor.shape;
   dims.insert(dims.end(), tensor.stride.begin(), tensor.stride.end());

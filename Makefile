@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 BUILD := build/dev
 BUILT := $(BUILD)/.built
 
-CPP := $(wildcard csrc/*.h csrc/*.cc csrc/*/*.h csrc/*/*.cc tests/cpp/*.h tests/cpp/*.cc)
+CPP := $(wildcard csrc/*.h csrc/*.cc csrc/*/*.h csrc/*/*.cc tests/cpp/*.h tests/cpp/*.cc \
+  tests/fuzz/*.h tests/fuzz/*.cc tests/fuzz/*/*.cc)
 # Headers are checked through the sources that include them.
 CC := $(filter %.cc,$(CPP))
 
@@ -16,7 +17,7 @@ export SKBUILD_BUILD_DIR := $(BUILD)
 export SKBUILD_CMAKE_DEFINE := FASTSD_WERROR=ON;FASTSD_NATIVE_TESTS=ON
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build demo test test-slow bench lint format crash sanitize sanitize-thread clean
+.PHONY: help build demo test test-slow bench lint format crash sanitize sanitize-thread fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -84,6 +85,22 @@ sanitize-thread: $(VENV)/.ready ## run the C++ tests under TSan
 	  -DFASTSD_PYTHON=OFF -DFASTSD_NATIVE_TESTS=ON -DFASTSD_SANITIZE=thread
 	$(BIN)/cmake --build build/sanitize-thread
 	$(BIN)/ctest --test-dir build/sanitize-thread --output-on-failure --no-tests=error
+
+$(VENV)/.atheris: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --no-deps atheris==3.0.0
+	@touch $@
+
+SECONDS ?= 60
+
+fuzz: $(BUILT) $(VENV)/.atheris ## attack what reads strangers' files (SECONDS=60 TARGET=zip)
+	@command -v clang++ >/dev/null || \
+	  { echo "make fuzz needs clang and its runtimes: apt-get install clang libclang-rt-14-dev" >&2; \
+	    exit 1; }
+	$(BIN)/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTSD_PYTHON=OFF \
+	  -DFASTSD_FUZZ=ON -DFASTSD_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/fuzz
+	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS) $(TARGET)
 
 clean: ## remove what was built, but not .venv
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -315,9 +315,14 @@ def save_dcp(folder):
     from torch.distributed import checkpoint
 
     state = {"w": torch.arange(6.0).view(2, 3), "n": {"s": 1}}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        checkpoint.save(state, checkpoint_id=folder)
+    here = os.getcwd()
+    os.chdir(folder.parent)  # the path is written into the metadata, as it is given
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint.save(state, checkpoint_id=folder.name)
+    finally:
+        os.chdir(here)
 
 
 def attack_dcp(name, data):

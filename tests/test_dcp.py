@@ -231,6 +231,8 @@ def compress(metadata):
         (lie_about_file("../outside"), "outside the directory"),
         (lie_about_file("/etc/passwd"), "outside the directory"),
         (lie_about_file("link"), "outside the directory"),
+        (lie_about_file("zero\0byte"), "outside the directory"),
+        (lie_about_file("half\ud800"), "outside the directory"),
         (lie_about_file(3), "no place"),
         (lie_about_length, "less than its chunks"),
         (lie_about_overlap, "less than its chunks"),

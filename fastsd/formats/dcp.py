@@ -247,7 +247,11 @@ def _name_globals(error: pickle.UnpicklingError, view: _View, place: str) -> Exc
 def _inside(directory: Path, name: str) -> Path:
     """The path of a file of the directory. Raises FormatError if it leads out of it."""
     path = directory / name
-    if not path.resolve().is_relative_to(directory.resolve()):
+    try:
+        is_inside = path.resolve().is_relative_to(directory.resolve())
+    except (ValueError, RuntimeError):  # no name at all (a zero byte, half a character); a circle
+        is_inside = False
+    if not is_inside:
         raise FormatError(f"names a file outside the directory: {name!r}", path=str(directory))
     return path
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +22,8 @@ import torch
 import fastsd
 from fastsd import _core
 from fastsd.formats.dcp import read_dcp
+
+ROOT = Path(__file__).parents[2]
 
 REFUSALS = fastsd.FastsdError, OSError, pickle.UnpicklingError
 # What a call may take beyond a multiple of the file: slabs, and torch's own that come once.
@@ -37,8 +40,8 @@ def target(function):
 
 @cache
 def scratch():
-    folder = tempfile.mkdtemp(prefix="fastsd-fuzz-", dir="/dev/shm")
-    return Path(folder)
+    shared = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="fastsd-fuzz-", dir=shared if shared.is_dir() else None))
 
 
 # ---- What no input may do ----
@@ -70,7 +73,8 @@ def _may_open(path, mode, flags):
     if path.startswith(own):
         return True
     is_written = flags & (os.O_WRONLY | os.O_RDWR) or (mode and set(mode) & set("wax+"))
-    return path.startswith((sys.prefix, sys.base_prefix, "/proc/")) and not is_written
+    is_code = path.startswith((sys.prefix, sys.base_prefix, str(ROOT)))
+    return (is_code or path.startswith("/proc/")) and (not is_written or "__pycache__" in path)
 
 
 @cache
@@ -86,7 +90,8 @@ class Watch:
 
     def __enter__(self):
         start_watch()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        with suppress(OSError):  # where the system does not let us, less is noticed
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         self.before = _peak_bytes()
         _watched.found = []
         _watched.is_on = True
@@ -315,9 +320,14 @@ def save_dcp(folder):
     from torch.distributed import checkpoint
 
     state = {"w": torch.arange(6.0).view(2, 3), "n": {"s": 1}}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        checkpoint.save(state, checkpoint_id=folder)
+    here = os.getcwd()
+    os.chdir(folder.parent)  # the path is written into the metadata, as it is given
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint.save(state, checkpoint_id=folder.name)
+    finally:
+        os.chdir(here)
 
 
 def attack_dcp(name, data):

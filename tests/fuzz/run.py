@@ -65,10 +65,9 @@ def attack(target, programs, found, seconds):
     runs = re.findall(r"number_of_executed_units: (\d+)|^Done (\d+) runs", result.stdout, re.M)
     coverage = re.findall(r" cov: (\d+)", result.stdout)
     count = max((int(number) for pair in runs for number in pair if number), default=0)
-    print(
-        f"{target:12} {count:>12,} runs, coverage {coverage[-1] if coverage else '-':>5}, ", end=""
-    )
-    print("stands" if result.returncode == 0 else "FAILS", flush=True)
+    edges = coverage[-1] if coverage else "-"
+    verdict = "stands" if result.returncode == 0 else "FAILS"
+    print(f"{target:12} {count:>12,} runs, coverage {edges:>5}: {verdict}", flush=True)
     if result.returncode:
         print(result.stdout[-6000:])
     if not any(failed.iterdir()):

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -111,6 +112,44 @@ std::string_view utf8(const py::handle& text) {
   return {data, static_cast<std::size_t>(bytes)};
 }
 
+// A file and the memory that it is mapped to, from which what lies there can be read.
+class MappedFile {
+ public:
+  MappedFile(const File& file, std::shared_ptr<Memory> memory, std::uint64_t bytes)
+      : file_(file.descriptor(), file.name(), file.begin()),
+        memory_(std::move(memory)),
+        bytes_(bytes) {}
+
+  Span<std::byte> memory() const { return {memory_->data(), bytes_}; }
+  const File& file() const { return file_; }
+
+  void read(std::uint64_t begin, const py::buffer& buffer) const {
+    const py::buffer_info target = buffer.request(/*writable=*/true);
+    const auto bytes = static_cast<std::uint64_t>(target.size * target.itemsize);
+    const py::gil_scoped_release no_gil;
+    file_.read_at(target.ptr, bytes, begin);
+  }
+
+  py::object tensor() const {
+    const auto shape = static_cast<std::int64_t>(bytes_);
+    const std::int64_t stride = 1;
+    const DTypeInfo& uint8 = *find_dtype(static_cast<std::uint16_t>(DType::kUInt8));
+    PyObject* tensor = make_tensor({memory_->data(), memory_}, uint8, 1, &shape, &stride);
+    if (tensor == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(tensor);
+  }
+
+ private:
+  File file_;
+  std::shared_ptr<Memory> memory_;
+  std::uint64_t bytes_;
+};
+
+std::unique_ptr<MappedFile> map_descriptor(int descriptor, const std::string& name) {
+  const File file(descriptor, name, 0);
+  return std::make_unique<MappedFile>(file, Memory::map(file, file.bytes()), file.bytes());
+}
+
 // A plan with the tensors whose memory it writes.
 class TensorPlan {
  public:
@@ -181,10 +220,17 @@ class TensorPlan {
   }
 
   std::unique_ptr<AtomicFile> write(const std::string& path, bool durable, bool checksum,
-                                    const std::vector<const Reader*>& dropped) {
-    const WriteOptions options{durable, checksum, mappings_of(dropped)};
+                                    const std::vector<const MappedFile*>& mapped,
+                                    const py::object& on_written) {
+    std::atomic<std::uint64_t> written{0};
+    const WriteOptions options{durable, checksum, mappings_of(mapped), &written};
+    const Interrupt poll = [&] {
+      if (on_written.is_none()) return check_signals();
+      const py::gil_scoped_acquire gil;
+      return PyErr_CheckSignals() != 0 || !report(on_written, written);
+    };
     const py::gil_scoped_release no_gil;
-    return prepare_file(path, *layout_, options, check_signals);
+    return prepare_file(path, *layout_, options, poll);
   }
 
   bool reads_from(int descriptor, std::uint64_t offset) const {
@@ -199,20 +245,20 @@ class TensorPlan {
     return false;
   }
 
-  void prepare(bool checksum, const std::vector<const Reader*>& dropped) {
-    const WriteOptions options{false, checksum, mappings_of(dropped)};
+  void prepare(bool checksum, const std::vector<const MappedFile*>& mapped) {
+    const WriteOptions options{false, checksum, mappings_of(mapped)};
     const py::gil_scoped_release no_gil;
     checksum_storages(*layout_, options, check_signals);
     content_.emplace(*layout_);
   }
 
   void gather_into(std::uint64_t begin, const py::buffer& buffer,
-                   const std::vector<const Reader*>& dropped) const {
+                   const std::vector<const MappedFile*>& mapped) const {
     const py::buffer_info target = buffer.request(/*writable=*/true);
     const auto bytes = static_cast<std::uint64_t>(target.size * target.itemsize);
     if (begin > layout_->file_bytes() || bytes > layout_->file_bytes() - begin)
       throw py::value_error("range outside the file");
-    const Mappings mappings = mappings_of(dropped);
+    const Mappings mappings = mappings_of(mapped);
     const py::gil_scoped_release no_gil;
     content_.value().gather(begin, begin + bytes, static_cast<std::byte*>(target.ptr), mappings);
   }
@@ -220,13 +266,24 @@ class TensorPlan {
   std::uint64_t file_bytes() const { return layout_->file_bytes(); }
 
  private:
-  static Mappings mappings_of(const std::vector<const Reader*>& readers) {
+  static Mappings mappings_of(const std::vector<const MappedFile*>& files) {
     Mappings mappings;
-    for (const Reader* reader : readers) {
-      if (reader->mapping() != nullptr)
-        mappings.emplace_back(reader->mapping()->data(), reader->header().preamble().file_bytes);
-    }
+    for (const MappedFile* file : files) mappings.push_back({file->memory(), &file->file()});
+    std::sort(mappings.begin(), mappings.end(), [](const Mapping& a, const Mapping& b) {
+      return a.memory.begin() < b.memory.begin();
+    });
     return mappings;
+  }
+
+  // Calls what may raise: then the exception stands, and the result is false.
+  static bool report(const py::object& on_written, std::uint64_t written) {
+    try {
+      on_written(written);
+      return true;
+    } catch (py::error_already_set& error) {
+      error.restore();
+      return false;
+    }
   }
 
   py::list tensors_;
@@ -380,8 +437,10 @@ std::unique_ptr<Prefetch> start_prefetch(const Reader& reader, Numbers wanted) {
   return std::make_unique<Prefetch>(reader, storages_of(reader.index(), numbers));
 }
 
-void drop_all_pages(const Reader& reader) {
-  if (reader.mapping()) drop_pages(reader.mapping()->data(), reader.header().preamble().file_bytes);
+std::unique_ptr<MappedFile> mapped_file(const Reader& reader) {
+  if (reader.mapping() == nullptr) return nullptr;
+  return std::make_unique<MappedFile>(reader.file(), reader.mapping(),
+                                      reader.header().preamble().file_bytes);
 }
 
 std::vector<std::size_t> find_damage(const Reader& reader) {
@@ -540,16 +599,30 @@ void register_plan(py::module_& module) {
       .def_property_readonly("tied", &TensorPlan::tied)
       .def("finish_safetensors", &TensorPlan::finish_safetensors, py::arg("metadata"))
       .def("write", &TensorPlan::write, py::arg("path"), py::arg("durable"), py::arg("checksum"),
-           py::arg("dropped") = py::tuple())
+           py::arg("mapped") = py::tuple(), py::arg("on_written") = py::none())
       .def("reads_from", &TensorPlan::reads_from, py::arg("descriptor"), py::arg("offset"))
-      .def("prepare", &TensorPlan::prepare, py::arg("checksum"), py::arg("dropped") = py::tuple())
+      .def("prepare", &TensorPlan::prepare, py::arg("checksum"), py::arg("mapped") = py::tuple())
       .def("gather", &TensorPlan::gather_into, py::arg("begin"), py::arg("target"),
-           py::arg("dropped") = py::tuple())
+           py::arg("mapped") = py::tuple())
       .def_property_readonly("file_bytes", &TensorPlan::file_bytes);
   module.def(
       "has_safetensors_dtype",
       [](std::uint16_t number) { return safetensors_dtype(DType{number}) != nullptr; },
       py::arg("number"));
+}
+
+void register_mapped_file(py::module_& module) {
+  py::class_<MappedFile>(module, "MappedFile")
+      .def(py::init(&map_descriptor), py::arg("descriptor"), py::arg("name"))
+      .def_property_readonly("begin",
+                             [](const MappedFile& self) {
+                               return reinterpret_cast<std::uintptr_t>(self.memory().begin());
+                             })
+      .def_property_readonly("nbytes", [](const MappedFile& self) { return self.memory().size(); })
+      .def("read", &MappedFile::read, py::arg("begin"), py::arg("target"))
+      .def("drop_pages",
+           [](const MappedFile& self) { drop_pages(self.memory().begin(), self.memory().size()); })
+      .def("tensor", &MappedFile::tensor);
 }
 
 void register_reader(py::module_& module) {
@@ -601,7 +674,7 @@ void register_reader(py::module_& module) {
       .def("load_storages", &load_keyed_storages)
       .def("storage_places", &storage_places)
       .def("base", &load_base, py::arg("storage"), py::arg("begin"), py::arg("end"))
-      .def("drop_pages", &drop_all_pages)
+      .def("mapped_file", &mapped_file)
       .def("find_damage", &find_damage);
   py::class_<Prefetch>(module, "Prefetch")
       .def(py::init(&start_prefetch), py::arg("reader"), py::arg("numbers") = py::none(),
@@ -637,6 +710,7 @@ PYBIND11_MODULE(_core, module) {
   fastsd::register_json(module);
   fastsd::register_nesting(module);
   fastsd::register_torch_pickle(module);
+  fastsd::register_mapped_file(module);
   fastsd::register_plan(module);
   fastsd::register_reader(module);
   fastsd::register_file_systems(module);

@@ -16,12 +16,39 @@ constexpr std::uint64_t kDepthMax = 1000;  // tuples in tuples; Python itself pi
 constexpr std::uint64_t kCostMax = 100'000;
 constexpr std::uint64_t kKeysCostMax = 10'000'000;
 
+// What a value is, as far as calls of it, or with it, take memory.
+enum class Role : std::uint8_t {
+  kOther,
+  kNumber,
+  kBytes,    // bytearray, which takes as many bytes as a number says
+  kMemory,   // a class of tensors or storages, which takes what it is told to, and fills nothing
+  kRebuild,  // what calls the first of its arguments
+};
+
 // A value on the stack: zeros for what hashing does not look into.
 struct Value {
   std::uint64_t depth = 0;
   std::uint64_t cost = 0;
   std::size_t container = 0;  // number of the one that it is, or that a tuple has first; 0 for none
+  Role role = Role::kOther;
+  Role first = Role::kOther;  // of a tuple: that of its first element
+  bool has_number = false;    // of a tuple: directly in it
 };
+
+// torch pickles such classes as arguments, and never calls of them.
+Role role_of(std::string_view module, std::string_view name) {
+  const auto ends_with = [&](std::string_view end) {
+    return name.size() >= end.size() && name.substr(name.size() - end.size()) == end;
+  };
+  if (module == "builtins" || module == "__builtin__")
+    return name == "bytearray" ? Role::kBytes : Role::kOther;
+  if (module == "torch._tensor" && name == "_rebuild_from_type_v2") return Role::kRebuild;
+  for (const std::string_view own :
+       {"torch", "torch.cuda", "torch.sparse", "torch.cuda.sparse", "torch.storage"}) {
+    if (module == own && (ends_with("Tensor") || ends_with("Storage"))) return Role::kMemory;
+  }
+  return Role::kOther;
+}
 
 // A list, dictionary or set: what hashing its elements, or keys, costs, as a set or a dictionary
 // made from it does. Of pairs in a list the first is hashed.
@@ -56,22 +83,23 @@ class Walk {
       case 0x8F:  // EMPTY_SET
         return push_container();
       case 'K':
-        return push_constant(1);
+        return push_constant(1, Role::kNumber);
       case 'M':
-        return push_constant(2);
+        return push_constant(2, Role::kNumber);
       case 'J':
-        return push_constant(4);
+        return push_constant(4, Role::kNumber);
       case 'G':
         return push_constant(8);
       case 'X':  // BINUNICODE
         return push_constant(read_number(4));
-      case 'U':   // SHORT_BINSTRING
-      case 0x8A:  // LONG1
+      case 'U':  // SHORT_BINSTRING
         return push_constant(read_number(1));
-      case 'c':  // GLOBAL: two lines
-        skip_line();
-        skip_line();
-        return push_constant(0);
+      case 0x8A:  // LONG1
+        return push_constant(read_number(1), Role::kNumber);
+      case 'c': {  // GLOBAL
+        const std::string_view module = read_line();
+        return push_constant(0, role_of(module, read_line()));
+      }
       default:
         return false;
     }
@@ -123,11 +151,11 @@ class Walk {
       case 'R':
       case 0x81: {  // NEWOBJ: a named tuple, for one, is hashed as the tuple of its arguments
         Value made = pop();
-        pop();
+        check_call(pop().role, made);
         const Container hashed = made.container == 0 ? Container{} : containers_[made.container];
         use_keys(made.cost + hashed.cost + hashed.inner * element_cost_max_);
         if (made.container == 0) made.container = add_container();
-        stack_.push_back(made);
+        stack_.push_back({made.depth, made.cost, made.container});
         break;
       }
       case 'b':
@@ -172,12 +200,14 @@ class Walk {
     return number;
   }
 
-  void skip_line() {
+  std::string_view read_line() {
+    const std::size_t begin = at_;
     const std::size_t end = stream_.find('\n', at_);
     if (end == std::string_view::npos)
       is_over_ = true;
     else
       at_ = end + 1;
+    return stream_.substr(begin, end - begin);
   }
 
   // ---- The stack. Where there is less than is asked for, the walk is over ----
@@ -228,9 +258,11 @@ class Walk {
     return value;
   }
 
-  bool push_constant(std::uint64_t bytes) {
+  bool push_constant(std::uint64_t bytes, Role role = Role::kOther) {
     skip(bytes);
-    stack_.emplace_back();
+    Value value;
+    value.role = role;
+    stack_.push_back(value);
     return true;
   }
 
@@ -277,7 +309,9 @@ class Walk {
   void push_tuple(std::size_t first) {
     ++tuples_;
     Value made{1, 1, 0};
+    if (first < stack_.size()) made.first = stack_[first].role;
     for (std::size_t i = first; i < stack_.size(); ++i) {
+      made.has_number = made.has_number || stack_[i].role == Role::kNumber;
       if (made.container == 0) made.container = stack_[i].container;
       made.depth = std::max(made.depth, stack_[i].depth + 1);
       made.cost += stack_[i].cost;
@@ -286,6 +320,14 @@ class Walk {
       problem_ = "tuples are nested too deeply";
     stack_.resize(first);
     stack_.push_back(made);
+  }
+
+  void check_call(Role called, const Value& arguments) {
+    const bool takes_memory =
+        called == Role::kMemory || (called == Role::kBytes && arguments.has_number) ||
+        (called == Role::kRebuild &&
+         (arguments.first == Role::kMemory || arguments.first == Role::kBytes));
+    if (takes_memory) problem_ = "it asks for memory that it does not fill";
   }
 
   void use_keys(std::uint64_t cost) {

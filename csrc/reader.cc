@@ -312,7 +312,6 @@ std::vector<std::size_t> Reader::find_damage(const Interrupt& interrupt) const {
     file_.read_at(slabs[worker].get(), bytes, offset);
     parts[i] = checksum.update(0, slabs[worker].get(), bytes);
   });
-  if (container_ == Container::kFsd) check_padding();
   std::vector<std::size_t> damaged;
   for (std::size_t i = 0; i < steps.size();) {
     const std::size_t storage = steps[i].storage;
@@ -321,6 +320,7 @@ std::vector<std::size_t> Reader::find_damage(const Interrupt& interrupt) const {
       crc = checksum.combine(crc, parts[i], steps[i].end - steps[i].begin);
     if (crc != tables.storages[storage].crc32c) damaged.push_back(storage);
   }
+  if (container_ == Container::kFsd && damaged.empty()) check_padding();
   return damaged;
 }
 

@@ -91,8 +91,8 @@ class Reader {
   std::vector<Bytes> bytes_of(const std::vector<bool>& is_wanted, const Interrupt& interrupt) const;
 
   // Reads every stored byte, in parallel; returns the storages whose bytes do not have the checksum
-  // recorded for them. Storages without one are not read. Throws kFormat if an .fsd archive has
-  // padding that is not zero.
+  // recorded for them. Storages without one are not read. Throws kFormat if there are none and an
+  // .fsd archive has padding that is not zero.
   std::vector<std::size_t> find_damage(const Interrupt& interrupt) const;
 
  private:

@@ -146,6 +146,8 @@ class HeaderParser {
       } while (skip(','));
       expect('}', "expected a comma or the end of the object");
     }
+    at_ = skip_space(at_);
+    if (at_ != end_) fail("expected nothing more");
     return ties;
   }
 
@@ -433,14 +435,21 @@ std::uint64_t place_tensors(Tables& tables, const std::vector<Extent>& extents,
   return end;
 }
 
+std::vector<Tie> parse_ties(Tables& tables, const std::string& text) {
+  std::vector<Extent> none;
+  try {
+    return HeaderParser(text.data(), text.data() + text.size(), tables, none).parse_ties();
+  } catch (const Error&) {
+    reject("the metadata " + std::string(kTiedKey) + " are no JSON object of strings");
+  }
+}
+
 // Adds the names that were left out, behind the others.
 void add_tied(Tables& tables, const std::string& text) {
-  std::vector<Extent> none;
-  HeaderParser parser(text.data(), text.data() + text.size(), tables, none);
   std::unordered_map<std::string, std::uint32_t> numbers;
   for (std::uint32_t i = 0; i < tables.tensors.size(); ++i)
     numbers.emplace(tables.index().name(tables.tensors[i]), i);
-  for (const auto& [name, kept] : parser.parse_ties()) {
+  for (const auto& [name, kept] : parse_ties(tables, text)) {
     const auto found = numbers.find(kept);
     if (found == numbers.end() || numbers.count(name) != 0 || name.size() > kNameBytesMax) {
       reject("the metadata " + std::string(kTiedKey) + " tie " + label_of(name) + " to " +

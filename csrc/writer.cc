@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <vector>
 
@@ -112,15 +113,48 @@ class Checksums {
   std::vector<Part> parts_;
 };
 
+// The mapping that [begin, begin + bytes) lies in, nullptr if it is in none.
+const Mapping* find_mapping(const Mappings& mappings, const std::byte* begin, std::uint64_t bytes) {
+  const auto behind = std::upper_bound(
+      mappings.begin(), mappings.end(), begin,
+      [](const std::byte* address, const Mapping& m) { return address < m.memory.begin(); });
+  if (behind == mappings.begin()) return nullptr;
+  const Mapping& mapping = *std::prev(behind);
+  const auto offset = static_cast<std::uint64_t>(begin - mapping.memory.begin());
+  const std::uint64_t size = mapping.memory.size();
+  return offset <= size && bytes <= size - offset ? &mapping : nullptr;
+}
+
 // Drops what of a piece's source lies in mappings.
 void drop_source(const Plan& plan, const Piece& piece, const Mappings& mappings) {
-  if (mappings.empty()) return;
   const Span<std::byte> source = plan.source(piece.storage, piece.begin, piece.end);
-  for (const Span<std::byte>& mapping : mappings) {
-    const std::byte* first = std::max(source.begin(), mapping.begin());
-    const std::byte* last = std::min(source.end(), mapping.end());
+  for (const Mapping& mapping : mappings) {
+    const std::byte* first = std::max(source.begin(), mapping.memory.begin());
+    const std::byte* last = std::min(source.end(), mapping.memory.end());
     if (first < last) drop_pages(first, static_cast<std::uint64_t>(last - first));
   }
+}
+
+// Puts the bytes of a piece into `target`: from the file that they are mapped from, or from memory.
+void fetch(const Plan& plan, const Piece& piece, const Mappings& mappings, std::byte* target) {
+  const std::uint64_t bytes = piece.end - piece.begin;
+  const std::byte* source = plan.bytes_in_place(piece.storage, piece.begin);
+  const Mapping* mapping = source == nullptr ? nullptr : find_mapping(mappings, source, bytes);
+  if (mapping != nullptr) {
+    mapping->file->read_at(target, bytes,
+                           static_cast<std::uint64_t>(source - mapping->memory.begin()));
+    return;
+  }
+  plan.fill(piece.storage, piece.begin, piece.end, target);
+  if (source == nullptr) drop_source(plan, piece, mappings);
+}
+
+// Where the bytes of a piece may be taken from without fetching them; nullptr: nowhere.
+const std::byte* find_in_memory(const Plan& plan, const Piece& piece, const Mappings& mappings) {
+  const std::byte* source = plan.bytes_in_place(piece.storage, piece.begin);
+  if (source == nullptr || find_mapping(mappings, source, piece.end - piece.begin) != nullptr)
+    return nullptr;
+  return source;
 }
 
 // Memory for one window. Empty until it is needed.
@@ -239,10 +273,10 @@ class FileWriter {
     };
     const auto add_piece = [&](const Piece& piece) {
       const std::uint64_t bytes = piece.end - piece.begin;
-      const std::byte* source = plan_.bytes_in_place(piece.storage, piece.begin);
+      const std::byte* source = find_in_memory(plan_, piece, options_.mappings);
       if (source == nullptr || bytes < kInPlaceBytesMin || is_direct_) {
         std::byte* target = worker.slab.data() + (copied - begin);
-        plan_.fill(piece.storage, piece.begin, piece.end, target);
+        fetch(plan_, piece, options_.mappings, target);
         source = target;
         copied += bytes;
       } else {
@@ -271,11 +305,7 @@ class FileWriter {
     }
     flush();
     file_.write_at(worker.pieces.data(), worker.pieces.size(), begin);
-    if (options_.dropped.empty()) return;
-    for_each_piece(
-        layout_, begin, end,
-        [&](const Piece& piece) { drop_source(plan_, piece, options_.dropped); },
-        [](std::size_t, std::uint64_t, std::uint64_t) {});
+    if (options_.written != nullptr) *options_.written += end - begin;
   }
 
   // Writes those gaps again that were written without the checksum of the storage before them:
@@ -344,13 +374,12 @@ void checksum_storages(Layout& layout, const WriteOptions& options, const Interr
   run_parallel(count, workers.size(), interrupt, [&](std::size_t worker, std::size_t i) {
     const std::uint64_t begin = layout.data_begin() + i * step_bytes;
     const auto add_piece = [&](const Piece& piece) {
-      const std::byte* source = plan.bytes_in_place(piece.storage, piece.begin);
+      const std::byte* source = find_in_memory(plan, piece, options.mappings);
       if (source == nullptr) {
-        plan.fill(piece.storage, piece.begin, piece.end, workers[worker].slab.data());
+        fetch(plan, piece, options.mappings, workers[worker].slab.data());
         source = workers[worker].slab.data();
       }
       workers[worker].checksums.add(*checksum, plan.storages(), piece, source);
-      drop_source(plan, piece, options.dropped);
     };
     for_each_piece(layout, begin, begin + step_bytes, add_piece,
                    [](std::size_t, std::uint64_t, std::uint64_t) {});
@@ -362,7 +391,7 @@ Content::Content(const Layout& layout)
     : layout_(layout), head_(layout.encode_head()), tail_(layout.encode_tail()) {}
 
 void Content::gather(std::uint64_t begin, std::uint64_t end, std::byte* target,
-                     const Mappings& dropped) const {
+                     const Mappings& mappings) const {
   // What of `part`, which starts at `offset` of the file, lies among the bytes.
   const auto copy = [&](const std::string& part, std::uint64_t offset) {
     const std::uint64_t from = std::max(begin, offset);
@@ -374,8 +403,7 @@ void Content::gather(std::uint64_t begin, std::uint64_t end, std::byte* target,
   const Plan& plan = layout_.plan();
   std::string gap;
   const auto add_piece = [&](const Piece& piece) {
-    plan.fill(piece.storage, piece.begin, piece.end, target + (piece.file_offset - begin));
-    drop_source(plan, piece, dropped);
+    fetch(plan, piece, mappings, target + (piece.file_offset - begin));
   };
   const auto add_gap = [&](std::size_t storage, std::uint64_t from, std::uint64_t to) {
     fill_gap(layout_, storage, checksum_before(plan, storage), from, to, target + (from - begin),

@@ -1,6 +1,7 @@
 // From a layout to bytes: in a file that appears all at once, or piece by piece for a stream.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -13,15 +14,21 @@
 
 namespace fastsd {
 
-// Memory of mapped files. Its pages are dropped once they have been written, so that writing what
-// lies there needs no more memory than it does elsewhere. REQUIRES: nobody has changed the memory,
-// as what is dropped is read from the file again.
-using Mappings = std::vector<Span<std::byte>>;
+// Memory that a file is mapped to, from its byte 0 on. What is to be written from there is read
+// from the file: that takes up no memory, and a file that has become shorter meanwhile is an error,
+// not a signal. Only what is strided is still taken from the memory, whose pages are given back.
+// REQUIRES: nobody has changed the memory; the file outlives this.
+struct Mapping {
+  Span<std::byte> memory;
+  const File* file;
+};
+using Mappings = std::vector<Mapping>;  // by address
 
 struct WriteOptions {
   bool durable = false;  // on the device, under its name, before returning
   bool checksum = true;  // record a checksum for each storage, where the layout leaves a choice
-  Mappings dropped = {};
+  Mappings mappings = {};
+  std::atomic<std::uint64_t>* written = nullptr;  // counts the bytes of storages as they are done
 };
 
 // Writes a file that is complete and has yet to be committed to `path` (see AtomicFile for what
@@ -47,7 +54,7 @@ class Content {
 
   // The bytes [begin, end) of the file. REQUIRES: begin <= end <= layout.file_bytes().
   void gather(std::uint64_t begin, std::uint64_t end, std::byte* target,
-              const Mappings& dropped = {}) const;
+              const Mappings& mappings = {}) const;
 
  private:
   const Layout& layout_;

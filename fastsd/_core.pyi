@@ -77,6 +77,29 @@ class PendingFile(metaclass=_pybind11_type):
 def write_bytes(path: str | bytes, data: bytes, durable: bool) -> PendingFile:
     """Writes a small file, which has yet to be committed."""
 
+class MappedFile(metaclass=_pybind11_type):
+    """A file and the memory that it is mapped to, privately."""
+
+    def __init__(self, descriptor: int, name: str | bytes) -> None:
+        """Maps all of a regular file. Keeps a descriptor of its own."""
+
+    @property
+    def begin(self) -> int:
+        """The address of its first byte."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def read(self, begin: int, target: object) -> None:
+        """Fills a writable buffer with the bytes from ``begin`` on, as the file has them now.
+        Raises TruncatedError if it ends before."""
+
+    def drop_pages(self) -> None:
+        """Takes the pages of the mapping, which nobody may have changed, out of this process; they
+        are read from the file again where they are needed."""
+
+    def tensor(self) -> torch.Tensor:
+        """The mapping as a uint8 tensor, which outlives this."""
+
 class Plan(metaclass=_pybind11_type):
     """Tensors about to be written, which it keeps alive."""
 
@@ -107,18 +130,25 @@ class Plan(metaclass=_pybind11_type):
         empty."""
 
     def write(
-        self, path: str | bytes, durable: bool, checksum: bool, dropped: Sequence[Reader] = ...
+        self,
+        path: str | bytes,
+        durable: bool,
+        checksum: bool,
+        mapped: Sequence[MappedFile] = ...,
+        on_written: Callable[[int], None] | None = None,
     ) -> PendingFile:
-        """Writes the file, which has yet to be committed. Pages of the mappings of ``dropped``,
-        which nobody may have changed, are dropped as soon as they have been written."""
+        """Writes the file, which has yet to be committed. What lies in the memory of ``mapped``,
+        which nobody may have changed, is read from the files: that takes no memory, and where a
+        file has become shorter TruncatedError is raised. ``on_written`` is told, now and then, how
+        many bytes have been written; what it raises stops the writing."""
 
     def reads_from(self, descriptor: int, offset: int) -> bool:
         """Whether tensors are mapped from what a descriptor's file has at ``offset`` or behind."""
 
-    def prepare(self, checksum: bool, dropped: Sequence[Reader] = ...) -> None:
+    def prepare(self, checksum: bool, mapped: Sequence[MappedFile] = ...) -> None:
         """Before `gather`: where the file holds checksums, reads all data once."""
 
-    def gather(self, begin: int, target: object, dropped: Sequence[Reader] = ...) -> None:
+    def gather(self, begin: int, target: object, mapped: Sequence[MappedFile] = ...) -> None:
         """Fills a writable buffer with the bytes of the file from ``begin`` on."""
 
     @property
@@ -222,9 +252,8 @@ class Reader(metaclass=_pybind11_type):
     def base(self, storage: int, begin: int, end: int) -> torch.Tensor:
         """Bytes of a storage as a uint8 tensor: a view of the mapping, or freshly read."""
 
-    def drop_pages(self) -> None:
-        """Takes the pages of the mapping, which nobody may have changed, out of this process; they
-        are read from the file again where they are needed."""
+    def mapped_file(self) -> MappedFile | None:
+        """The file and what it is mapped to; None if it is not mapped."""
 
     def find_damage(self) -> list[int]:
         """Reads all data; the storages that differ from their checksums."""

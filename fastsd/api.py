@@ -10,7 +10,7 @@ from typing import IO, Any, Literal
 
 import torch
 
-from fastsd import _core, pickled
+from fastsd import _core, pickled, through_torch
 from fastsd.archive import Archive
 from fastsd.archive import verify as verify_archive
 from fastsd.errors import ChecksumError, UnsupportedError
@@ -109,12 +109,14 @@ def load(
     select: Select | None = None,
     **pickle_load_args: Any,
 ) -> Any:
-    """Loads what `save` has saved, in place of ``torch.load(f)``.
+    """Loads what `save` has saved, and files of other formats, in place of ``torch.load(f)``.
 
     Args:
-        f: A path of a file that is one archive, or a binary file object, which needs only ``read``.
-            Of an object the archive that starts where it stands is read, and not a byte more. The
-            object is left behind it or, after an error, where it stood, if it can seek.
+        f: A path, or a binary file object, which needs only ``read``. What it holds is told by
+            content: an .fsd file, a file of torch.save, a safetensors file; a path may also be that
+            of a directory of shards, or of their index. Of an object the archive that starts where
+            it stands is read and, if that is an .fsd one, not a byte more; others reach to the end.
+            The object is left behind it or, after an error, where it stood, if it can seek.
         map_location: As for torch.load.
         weights_only: As for torch.load, for files that hold a pickle; loading others never runs
             code, whatever it says. True, and None without a ``pickle_module``: torch's restricted
@@ -133,8 +135,9 @@ def load(
             multiple of 64 bytes in their file.
         verify: How much to check before anything is returned. "structure": the whole header,
             against every rule of the format and its own checksum; no tensor data is read.
-            "checksums": that, and every byte of the file, whatever is chosen of it, against the
-            recorded checksums.
+            "checksums": that, and every tensor's bytes, whatever is chosen of them, against the
+            recorded checksums, which are CRC-32 in files of torch.save. A file without any is a
+            ChecksumError.
         prefix: Only tensors whose names start with this; it is taken off.
         rename: What the tensors that are left are called: a function from name to name, or a dict
             from leading parts of names to what replaces them, of which the longest that fits is
@@ -170,14 +173,20 @@ def load(
     rules = _make_rules(prefix, select, rename)
     with open_any(f, mmap) as opened:
         if opened.source is not None:
-            return _load_through_torch(opened.source, map_location, how, rules)
+            return _load_through_torch(opened.source, map_location, how, rules, verify)
         _verify(opened.readers, verify)
         return restore(opened.readers, map_location, how, rules)[0]
 
 
 def _load_through_torch(
-    source: Source, map_location: Any, how: pickled.Unpickling, rules: NameRules | None
+    source: Source,
+    map_location: Any,
+    how: pickled.Unpickling,
+    rules: NameRules | None,
+    verify: Verify = "structure",
 ) -> Any:
+    if verify == "checksums":
+        raise ChecksumError("there are no checksums in a file of this kind", path=source.name)
     obj = restore_through_torch(source, map_location, how)
     return pickled.choose(obj, rules, source.name) if rules else obj
 
@@ -273,7 +282,7 @@ def load_into(
     map_location = CPU if into.moves else None
     with open_any(f, mmap) as opened:
         if opened.source is not None:
-            state = _load_through_torch(opened.source, map_location, how, rules)
+            state = _load_through_torch(opened.source, map_location, how, rules, verify)
             return _fill(into, state, opened.source.name, [])
         readers = opened.readers
         _verify(readers, verify)
@@ -298,10 +307,11 @@ def open(f: PathOrFile, device: torch.device | str = CPU, *, mmap: bool | None =
     """Opens a file as a read-only mapping of its tensors, which are read when they are asked for.
 
     ``device`` is where they are put then; ``mmap`` as for `load`. Nested files are mappings too:
-    their names are the keys on the way, joined by dots. A pickle is not loaded: of a file with one
-    the tensors are its storages, as bytes, under torch's keys. Of a file object that cannot be
-    mapped and is no regular file everything is read at once; tensors are copies then. Raises what
-    `load` raises.
+    their names are the keys on the way, joined by dots. A pickle is not unpickled: the tensors that
+    dictionaries, lists and tuples in it lead to are there, whatever else it holds; only of one that
+    cannot be followed at all they are its storages, as bytes, under torch's keys. Of a file object
+    that cannot be mapped and is no regular file everything is read at once; tensors are copies
+    then; so is what only torch can read. Raises what `load` raises.
     """
     with open_any(f, mmap) as opened:
         if opened.source is not None:
@@ -338,8 +348,7 @@ def get_unsafe_globals_in_checkpoint(f: PathOrFile) -> list[str]:
     """
     with open_any(f, None) as opened:
         if opened.source is not None:
-            with opened.source.open_stream() as stream:
-                return torch.serialization.get_unsafe_globals_in_checkpoint(stream)
+            return through_torch.find_unsafe_globals(opened.source)
         readers = opened.readers
     return sorted({name for reader in readers for name in _find_unsafe_globals(reader)})
 

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import pickle
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from fastsd import _core, pickled
-from fastsd.archive import Archive
-from fastsd.errors import ChecksumError, NamesError, UnsupportedError
-from fastsd.files import encode_path
-from fastsd.formats import dcp, fsd
-from fastsd.formats.detect import open_any
-from fastsd.layouts import Layout
-from fastsd.restore import restore, restore_partly, restore_through_torch
+from fastsd import _core, compare, pickled, shards, to_safetensors
+from fastsd.cast import Caster, check_dtype
+from fastsd.content import Changes, Content, Source, open_source, read_content
+from fastsd.errors import FastsdError, FormatError, UnsupportedError
+from fastsd.files import encode_path, is_stream_path
+from fastsd.formats import fsd
 from fastsd.saving import Format, make_plan, plan_pickled, write
-from fastsd.shards import write_sharded
-from fastsd.tensors import CPU
-from fastsd.to_safetensors import FRAMEWORK, find_problems
-from fastsd.transform import (
-    Caster,
-    arrays_to_tensors,
-    describe,
-    directory_of,
-    drop_keys,
-    find_opaque,
-    pick_part,
-    strip_prefix,
-)
+from fastsd.transform import drop_keys
 from fastsd.tree import flatten
 
 _SUFFIXES: dict[str, Format] = {
@@ -41,7 +26,6 @@ _SUFFIXES: dict[str, Format] = {
     ".safetensors": "safetensors",
     **dict.fromkeys((".pth", ".pt", ".bin", ".ckpt"), "pth"),
 }
-_COMPARED_BYTES = 32 << 20  # of two tensors at a time
 
 
 @dataclass(frozen=True)
@@ -65,30 +49,14 @@ class Report:
     verified: bool | None
 
 
-class _Changes(NamedTuple):
-    """What is to become of the object on the way."""
+class _Target(NamedTuple):
+    """Where to write, and how: arguments of `convert`."""
 
-    pick: str | None
-    strip_prefix: str | None
-    dtype: torch.dtype | None
-    drop_optimizer: bool
-
-
-_NO_CHANGES = _Changes(None, None, None, False)
-
-
-class _Content(NamedTuple):
-    """What is to be written: an object, or a pickle as it is, with its storages."""
-
-    obj: Any
-    layout: str
-    picked: str | None = None
-    dropped: tuple[str, ...] = ()
-    carried: pickled.Pickled | None = None
-
-    def without(self, *what: str) -> _Content:
-        """The same, and what is missing of it."""
-        return self._replace(dropped=(*self.dropped, *what))
+    path: str
+    format: Format
+    metadata: dict[str, str]
+    max_shard_size: int | None
+    lossy: bool
 
 
 def convert(
@@ -112,7 +80,8 @@ def convert(
     Args:
         source: Whatever `load` reads (a file of any format, a directory or index of shards), or a
             directory of torch.distributed.checkpoint.
-        target: A path, which is replaced as `save` does; with ``max_shard_size`` a directory.
+        target: A path, which is replaced as `save` does, all at once; it may be that of the source.
+            With ``max_shard_size`` a directory, whose files do not replace any of the source's.
         to: The format. None: as the target's suffix says (.fsd; .safetensors; .pth, .pt, .bin and
             .ckpt for "pth").
         pick: The part to take: keys on the way to it, joined by dots, or "auto" for the weights of
@@ -120,58 +89,79 @@ def convert(
             safetensors, which holds flat dictionaries only, "auto" where that is needed. Of a
             module its state_dict is taken.
         strip_prefix: What keys lose at their start, of the dictionary that is taken.
-        dtype: Floating point tensors are cast to this; float8 and narrower stay as they are.
+        dtype: Floating point tensors are cast to this; float8 and narrower, and numpy arrays, stay
+            as they are.
         drop_optimizer: Leave out the state of optimizers, schedulers and gradient scalers.
         metadata: In place of the source's own; None keeps those.
         max_shard_size: Write several files of at most so many bytes each, and an index, by
             huggingface_hub's rules; for flat dictionaries of tensors.
         trust: Where it has to be, unpickle without restrictions, so that the source may run any
             code.
-        verify: Read both sides again and compare every tensor, bit by bit.
+        verify: Read both sides again and compare everything, tensors bit by bit; what was cast,
+            with what the cast made.
         lossy: Leave out what the target cannot hold, and report it, rather than raise an error.
-        progress: Called with numbers of bytes of the source as they are done.
+        progress: Called with numbers of bytes of the source as they are done, which are all of them
+            in the end. What it raises stops the conversion, and nothing is left of it.
 
     A pickle that is more than plain data goes from "pth" to "fsd" and back as it is: the stream and
-    the storages, bit for bit. Memory: what lies in mapped files is written from there, and cast in
-    nameless files beside the target, so that some 100 MiB are enough whatever the size; sources
-    that torch has to read (files of before 1.6, tar files, checkpoints of
-    torch.distributed.checkpoint, trusted pickles) are loaded whole.
+    the storages, bit for bit. Of other storages the bytes that no tensor reaches are not kept, save
+    for "pth"; for safetensors arrays become tensors, and all tensors row-major.
+
+    Memory: what lies in files that can be mapped is read piece by piece, and cast to nameless files
+    beside the target, so that some 100 MiB are enough whatever the size; sources that torch has to
+    read (files of before 1.6, tar files, checkpoints of torch.distributed.checkpoint, trusted
+    pickles) are loaded whole.
 
     Raises what `load` and `save` raise: UnsupportedError, which names each key, for what the target
-    cannot hold, pickle.UnpicklingError for what needs ``trust``; and ChecksumError if what was
-    verified differs.
+    cannot hold, pickle.UnpicklingError for what needs ``trust``; TruncatedError or FormatError for
+    a source that changed meanwhile; ValueError for a target that would overwrite a part of the
+    source; and ChecksumError if what was verified differs.
     """
-    path, target = os.fspath(source), os.fspath(target)
-    format_ = to or _find_format(target, max_shard_size)
-    changes = _Changes(pick, strip_prefix, dtype, drop_optimizer)
-    with _open(path, trust) as opened:
-        content = _read(opened, path, format_, changes, trust)
-        content = _drop_unheld(content, format_, path, lossy)
-        own = _find_metadata(opened.readers, format_) if metadata is None else dict(metadata)
-        if format_ == "pth" and own and lossy:
-            names = ", ".join(own)
-            content = content.without(f"metadata {names}: pth has no place for them")
-            own = {}
-        if dtype is not None:
-            caster = Caster(dtype, directory_of(target), opened.readers)
-            content = content._replace(obj=caster.cast(content.obj))
-        how = _How(format_, own, max_shard_size, lossy, opened.readers)
-        _write(content, target, how)
-        verified = _compare(content, target) if verify else None
+    path, where = os.fspath(source), os.fspath(target)
+    format = to or _find_format(where, max_shard_size)
+    if dtype is not None:
+        check_dtype(dtype)
+    changes = Changes(pick, strip_prefix, drop_optimizer)
     nbytes = size_of(path)
-    if progress is not None:
-        progress(nbytes)
-    return Report(
-        path,
-        target,
-        nbytes,
-        size_of(target),
-        _count_tensors(content),
-        content.layout,
-        content.picked,
-        content.dropped,
-        verified,
-    )
+    steps = _Progress(progress, nbytes, 1 + (dtype is not None) + verify)
+    try:
+        with open_source(path, trust=trust) as opened:
+            stamps = _stamp(opened.files)
+            content = read_content(opened, format, changes, carries=dtype is None, trust=trust)
+            own, lost = _choose_metadata(metadata, opened.readers, format)
+            how = _Target(where, format, own, max_shard_size, lossy)
+            content = _leave_out(content, how, lost)
+            verified = _convert(content, opened, how, steps, dtype=dtype, verify=verify)
+            _check_unchanged(opened, stamps)
+    except FastsdError as error:
+        error.path = error.path or path
+        raise
+    steps.finish()
+    count = _count_tensors(content)
+    layout = content.layout, content.picked, content.dropped
+    return Report(path, where, nbytes, size_of(where), count, *layout, verified)
+
+
+def _convert(
+    content: Content,
+    source: Source,
+    target: _Target,
+    steps: _Progress,
+    *,
+    dtype: torch.dtype | None,
+    verify: bool,
+) -> bool | None:
+    mapped = [] if content.is_edited else source.mapped
+    if dtype is not None:
+        steps.start(size_of(source.path))
+        caster = Caster(dtype, _directory_of(target.path), mapped, steps.advance)
+        content = content._replace(obj=caster.cast(content.obj))
+        mapped = [*mapped, *caster.mapped]
+    _write(content, source, target, mapped, steps)
+    if not verify:
+        return None
+    _verify(content, target, mapped, steps)
+    return True
 
 
 def _find_format(target: str, max_shard_size: int | None) -> Format:
@@ -190,206 +180,199 @@ def size_of(path: str) -> int:
     return sum(map(os.path.getsize, found))
 
 
-# ---- Reading ----
+def _directory_of(target: str) -> str:
+    """Where temporary files for a target go: beside it. Raises FileNotFoundError."""
+    if is_stream_path(os.fsencode(target)):
+        return tempfile.gettempdir()
+    directory = os.path.dirname(os.path.abspath(target))
+    if not os.path.isdir(directory):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), target)
+    return directory
 
 
-class _Source(NamedTuple):
-    """A source that is open: readers, or a function that loads all of it."""
+class _Progress:
+    """Tells of bytes of the source, over steps that each go through all of it."""
 
-    readers: list[_core.Reader]
-    load: Callable[[], Any] | None = None
+    def __init__(self, tell: Callable[[int], None] | None, nbytes: int, steps: int) -> None:
+        self._tell = tell
+        self._nbytes = nbytes
+        self._steps = steps
+        self._begun = 0
+        self._total = 1
+        self._done = 0
+        self._told = 0
 
+    def start(self, total: int) -> None:
+        """The next step, of ``total`` bytes, or about as many."""
+        self._begun += 1
+        self._total, self._done = max(total, 1), 0
+        self.reach(0)
 
-@contextmanager
-def _open(path: str, trust: bool) -> Iterator[_Source]:
-    if os.path.isfile(os.path.join(path, dcp.METADATA_NAME)):
-        yield _Source([], lambda: dcp.read_dcp(path, trust))
-        return
-    with open_any(path, True) as opened:
-        stream = opened.source
-        if stream is None:
-            yield _Source(opened.readers)
-        else:
-            how = pickled.Unpickling(weights_only=not trust)
-            yield _Source([], lambda: restore_through_torch(stream, CPU, how))
+    def reach(self, done: int) -> None:
+        self._done = done
+        share = min(done / self._total, 1.0)
+        self._report(int(self._nbytes * (self._begun - 1 + share) / self._steps))
 
+    def advance(self, nbytes: int) -> None:
+        self.reach(self._done + nbytes)
 
-def _read(source: _Source, path: str, format: Format, changes: _Changes, trust: bool) -> _Content:
-    if source.load is not None:
-        return _change(source.load(), path, format, changes)
-    readers = source.readers
-    if all(reader.is_plain for reader in readers):
-        return _change(_restore(readers, None), path, format, changes)
-    if changes == _NO_CHANGES and len(readers) == 1:
-        carried = _carry(readers[0], format)
-        if carried is not None:
-            return _Content(None, "carried", carried=carried)
-    return _read_pickle(readers, path, format, changes, trust)
+    def finish(self) -> None:
+        self._report(self._nbytes)
 
-
-def _restore(readers: list[_core.Reader], weights_only: bool | None) -> Any:
-    return restore(readers, CPU, pickled.Unpickling(weights_only))[0]
+    def _report(self, nbytes: int) -> None:
+        if self._tell is not None and nbytes > self._told:
+            more, self._told = nbytes - self._told, nbytes
+            self._tell(more)
 
 
-def _carry(reader: _core.Reader, format: Format) -> pickled.Pickled | None:
-    """A pickle as it is; None if the format cannot hold it."""
-    stream = reader.section(fsd.Section.PICKLE)
-    order = reader.section(fsd.Section.BYTE_ORDER) or b"little"
-    if stream is None or format == "safetensors" or (format == "fsd" and order != b"little"):
-        return None
-    storages = {k: tensor.untyped_storage() for k, tensor in reader.load_storages().items()}
-    return pickled.Pickled(stream, storages, pickled.wrap_stream(stream, order.decode()))
+# ---- What the target cannot hold ----
 
 
-def _read_pickle(
-    readers: list[_core.Reader], path: str, format: Format, changes: _Changes, trust: bool
-) -> _Content:
-    """What is taken of it may be plain; if it is not, torch's restricted unpickler may know it."""
-    partial = restore_partly(readers[0]) if len(readers) == 1 else None
-    if partial is not None:
-        try:
-            content = _change(partial, path, format, changes)
-        except NamesError:
-            content = _Content(None, "")  # perhaps in what is not known yet
-        if content.obj is not None and not find_opaque(content.obj):
-            return content
-    try:
-        obj = _restore(readers, True)
-    except pickle.UnpicklingError:
-        if not trust:
-            raise
-        obj = _restore(readers, False)
-    return _change(obj, path, format, changes)
+def _leave_out(content: Content, target: _Target, lost: list[str]) -> Content:
+    """What the target can hold; ``lost`` are lines of what it cannot beside that. Raises
+    UnsupportedError unless it may be lossy."""
+    obj = content.obj
+    if target.max_shard_size is not None:
+        if not isinstance(obj, Mapping):
+            raise UnsupportedError("only dictionaries of tensors can be split into shards")
+        problems = shards.find_problems(obj)
+        lost = [*lost, *(f"{key}: {problem}" for key, problem in problems.items())]
+        obj = drop_keys(obj, problems.keys())
+    if target.format == "safetensors":
+        obj, more = to_safetensors.find_holdable(obj)
+        lost = [*lost, *more]
+    if lost and not target.lossy:
+        raise UnsupportedError(
+            f"the target, {target.format!r}, cannot hold all of it; lossy=True leaves this out:"
+            + "".join(f"\n  {line}" for line in lost)
+        )
+    return content._replace(obj=obj, dropped=(*content.dropped, *lost))
 
 
-# ---- Changing ----
+def _choose_metadata(
+    given: Mapping[str, str] | None, readers: list[_core.Reader], format: Format
+) -> tuple[dict[str, str], list[str]]:
+    """What was given; or of the source's own strings those that the target can hold, and a line for
+    each of the others."""
+    return (dict(given), []) if given is not None else _find_metadata(readers, format)
 
 
-def _change(obj: Any, path: str, format: Format, changes: _Changes) -> _Content:
-    """The part that is wanted, under its names; tensors are cast later."""
-    layout = describe(obj)
-    dropped: list[str] = []
-    picked = _find_pick(obj, layout, format, changes.pick)
-    if changes.drop_optimizer and picked is None:
-        obj = drop_keys(obj, layout.optimizer)
-        dropped += [f"{key}: state of an optimizer" for key in layout.optimizer]
-    if picked is not None:
-        top = picked if picked in obj else picked.partition(".")[0]
-        dropped += [f"{key}: not in {picked!r}" for key in obj if key != top]
-        obj = pick_part(obj, picked, path)
-    if changes.strip_prefix:
-        obj = strip_prefix(obj, changes.strip_prefix, path)
-    if format == "safetensors":
-        obj = arrays_to_tensors(obj)
-    return _Content(obj, layout.name, picked, tuple(map(str, dropped)))
-
-
-def _find_pick(obj: Any, layout: Layout, format: Format, pick: str | None) -> str | None:
-    if pick not in (None, "auto"):
-        return pick
-    return layout.pick if pick == "auto" or format == "safetensors" else None
-
-
-def _drop_unheld(content: _Content, format: Format, path: str, lossy: bool) -> _Content:
-    """Without what the target cannot hold, where that was asked for."""
-    if not lossy or format != "safetensors" or not isinstance(content.obj, Mapping):
-        return content
-    problems = find_problems(content.obj)
-    kept = drop_keys(content.obj, tuple(problems))
-    return content._replace(obj=kept).without(*(f"{k}: {why}" for k, why in problems.items()))
-
-
-def _find_metadata(readers: list[_core.Reader], format: Format) -> dict[str, str]:
-    """The sources' own strings, without what safetensors files have to say."""
-    merged: dict[str, str] = {}
+def _find_metadata(readers: list[_core.Reader], format: Format) -> tuple[dict[str, str], list[str]]:
+    """The sources' own strings that the target can hold, and lines of those that it cannot."""
+    found: dict[str, str] = {}
+    lost: list[str] = []
     for reader in readers:
-        merged.update(fsd.decode_metadata(reader))
-    if format != "safetensors":
-        for key, value in FRAMEWORK.items():
-            if merged.get(key) == value:
-                del merged[key]
-    return merged
+        for key, value in fsd.decode_metadata(reader).items():
+            if (key, value) in to_safetensors.FRAMEWORK.items():
+                continue  # what every safetensors file says
+            if format == "pth" or (
+                format == "safetensors" and to_safetensors.is_reserved(key, value)
+            ):
+                lost.append(f"metadata {key!r}: the format has no place for it")
+            elif found.setdefault(key, value) != value:
+                lost.append(f"metadata {key!r} of {reader.name}: another file has another")
+    return found, list(dict.fromkeys(lost))
 
 
 # ---- Writing ----
 
 
-class _How(NamedTuple):
-    """How to write: arguments of `convert`, and readers of what is written from."""
-
-    format: Format
-    metadata: dict[str, str]
-    max_shard_size: int | None
-    lossy: bool
-    readers: list[_core.Reader]
-
-
-def _write(content: _Content, target: str, how: _How) -> None:
-    metadata, lossy, dropped = how.metadata, how.lossy, how.readers
-    if how.max_shard_size is not None:
-        write_sharded(
-            *(content.obj, target, how.format, how.max_shard_size),
-            metadata=metadata,
-            lossy=lossy,
-            dropped=dropped,
+def _write(
+    content: Content,
+    source: Source,
+    target: _Target,
+    mapped: list[_core.MappedFile],
+    steps: _Progress,
+) -> None:
+    _refuse_overwriting(source, content.obj, target)
+    if target.max_shard_size is not None:
+        steps.start(size_of(source.path))
+        shards.write_sharded(
+            *(content.obj, target.path, target.format, target.max_shard_size),
+            metadata=target.metadata,
+            lossy=target.lossy,
+            mapped=mapped,
+            on_written=steps.reach,
         )
         return
-    path = encode_path(target)
+    path = encode_path(target.path)
+    plan = _make_plan(content, target, path)
+    steps.start(plan.file_bytes)
+    write(plan, path, mapped=mapped, on_written=steps.reach)
+
+
+def _make_plan(content: Content, target: _Target, path: bytes) -> _core.Plan:
     if content.carried is not None:
-        plan = plan_pickled(content.carried, how.format, path, metadata)
-    else:
-        plan = make_plan(content.obj, how.format, path, metadata, lossy=lossy)
-    write(plan, path, dropped=dropped)
+        return plan_pickled(content.carried, target.format, path, target.metadata)
+    try:
+        args = content.obj, target.format, path, target.metadata
+        return make_plan(*args, lossy=target.lossy)
+    except (RuntimeError, KeyError) as error:
+        # torch's, of memory that is viewed as several dtypes, or of a dtype that it does not save
+        raise UnsupportedError(f"torch.save refuses it: {error}") from error
 
 
-def _count_tensors(content: _Content) -> int:
+def _refuse_overwriting(source: Source, obj: Any, target: _Target) -> None:
+    """A single file is replaced all at once, even the source; of several a part would be lost."""
+    paths = [target.path]
+    if target.max_shard_size is not None:
+        plan = shards.plan_shards(obj, target.format, target.max_shard_size)
+        names = shards.list_targets(target.format, plan)
+        paths = [os.path.join(target.path, name) for name in names]
+    elif len(source.files) == 1:
+        return
+    for path in filter(os.path.exists, paths):
+        if any(os.path.samefile(path, file) for file in source.files):
+            raise ValueError(f"{path} is a part of the source: choose another target")
+
+
+def _stamp(files: list[str]) -> list[tuple[int, int, int]]:
+    found = map(os.stat, files)
+    return [(status.st_ino, status.st_size, status.st_mtime_ns) for status in found]
+
+
+def _check_unchanged(source: Source, before: list[tuple[int, int, int]]) -> None:
+    """Raises FormatError if somebody has written to the source. A file that was replaced stays as
+    it was for those who have it open."""
+    for file, old in zip(source.files, before, strict=True):
+        if os.path.exists(file):
+            (new,) = _stamp([file])
+            if new[0] == old[0] and new != old:
+                raise FormatError("changed while it was converted: convert it again", path=file)
+
+
+def _count_tensors(content: Content) -> int:
     if content.carried is not None:
         return len(content.carried.storages)
     try:
         return len(flatten(content.obj).names)
     except UnsupportedError:
-        return 0
+        return len(pickled.dump(content.obj, None, None).storages)
 
 
 # ---- Verifying ----
 
 
-def _compare(content: _Content, target: str) -> bool:
-    """Whether every tensor of the target has the bytes that were to be written.
-
-    Raises ChecksumError for those that have not.
-    """
-    with open_any(target, True) as opened:
-        if content.carried is not None:
-            found: Mapping[str, torch.Tensor] = opened.readers[0].load_storages()
-            wanted: dict[str, Any] = {
-                key: torch.empty(0, dtype=torch.uint8).set_(storage)
-                for key, storage in content.carried.storages.items()
-            }
-        else:
-            found = Archive(opened.readers, {})
-            flat = flatten(content.obj)
-            wanted = dict(zip(flat.names, flat.tensors, strict=True))
-        different = [name for name in wanted if not _is_same(wanted[name], found.get(name))]
-    if different:
-        raise ChecksumError(
-            f"{len(different)} tensors are not as in the source: {', '.join(different[:10])}",
-            path=target,
-            tensors=tuple(different),
-        )
-    return True
+def _verify(
+    content: Content, target: _Target, mapped: list[_core.MappedFile], steps: _Progress
+) -> None:
+    written = list(_list_written(content, target))
+    steps.start(sum(os.path.getsize(path) for path, _ in written))
+    metadata = target.metadata
+    if target.format == "safetensors":
+        metadata = to_safetensors.FRAMEWORK | metadata
+    for path, parts in written:
+        compare.check_file(path, parts, metadata, mapped, steps.advance)
 
 
-def _is_same(wanted: Any, found: torch.Tensor | None) -> bool:
-    tensor = torch.from_numpy(wanted) if isinstance(wanted, np.ndarray) else wanted
-    if found is None or found.dtype != tensor.dtype or found.shape != tensor.shape:
-        return False
-    return all(
-        torch.equal(a, b) for a, b in zip(_list_bytes(tensor), _list_bytes(found), strict=True)
-    )
-
-
-def _list_bytes(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The values as bytes, piece by piece."""
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    yield from flat.view(torch.uint8).split(_COMPARED_BYTES)
+def _list_written(content: Content, target: _Target) -> Iterator[tuple[str, compare.Parts]]:
+    """Each file, and what it should hold."""
+    if content.carried is not None:
+        yield target.path, compare.take_pickled(content.carried)
+    elif target.max_shard_size is None:
+        yield target.path, compare.take_apart(content.obj, target.format)
+    else:
+        plan = shards.plan_shards(content.obj, target.format, target.max_shard_size)
+        for file, names in plan.files.items():
+            shard = shards.select(content.obj, names)
+            yield os.path.join(target.path, file), compare.take_apart(shard, target.format)

@@ -15,6 +15,7 @@ from tempfile import SpooledTemporaryFile
 from typing import IO, Any
 
 from fastsd import _core
+from fastsd.errors import UnsupportedError
 
 _WRITE_BYTES = 8 << 20
 _READ_BYTES = 1 << 20  # what is read is copied, while it is still in the processor's cache
@@ -189,14 +190,21 @@ def _return_to(f: Any, begin: int) -> Iterator[Any]:
 
 def _stream_source(f: Any, begin: int | None, first: bytes) -> Source:
     name = _name(f)
+    is_read = False
 
     def open_reader(mmap: bool | None) -> _core.Reader:
+        nonlocal is_read
         start = 0 if begin is None else begin
-        return _core.Reader.from_stream(_read_into(f, first), name, start, _count_left(f, start))
+        reader = _core.Reader.from_stream(_read_into(f, first), name, start, _count_left(f, start))
+        is_read = True
+        return reader
 
     def open_stream() -> AbstractContextManager[IO[bytes]]:
         if begin is not None:
             return _return_to(f, begin)
+        if is_read:
+            detail = "only torch can read it, from a file that can seek"
+            raise UnsupportedError(detail, path=os.fsdecode(name))
         return _return_to(BytesIO(first + f.read()), 0)
 
     return Source(lambda: first, open_reader, open_stream, name)
@@ -272,23 +280,23 @@ def write_stream(
     *,
     durable: bool,
     checksum: bool,
-    dropped: Sequence[_core.Reader] = (),
+    mapped: Sequence[_core.MappedFile] = (),
 ) -> None:
     """Writes a plan to a file object from where it stands, using ``write`` and, if it has one,
     ``flush``.
 
-    Pages of the mappings of ``dropped`` are dropped as soon as they have been written: see
-    `_core.Plan.write`. With ``durable``, which takes a file that has a descriptor, it is on its
-    device when this returns. Raises what the object raises, and ValueError, before anything is
-    written, for a file that would change under the tensors that are mapped from it.
+    What lies in the memory of ``mapped`` is read from the files: see `_core.Plan.write`. With
+    ``durable``, which takes a file that has a descriptor, it is on its device when this returns.
+    Raises what the object raises, and ValueError, before anything is written, for a file that would
+    change under the tensors that are mapped from it.
     """
     descriptor = f.fileno() if durable else -1  # raises before anything is written
     _check_not_read(plan, f)
-    plan.prepare(checksum, dropped)
+    plan.prepare(checksum, mapped)
     slab = memoryview(bytearray(min(_WRITE_BYTES, plan.file_bytes)))
     for begin in range(0, plan.file_bytes, _WRITE_BYTES):
         part = slab[: min(_WRITE_BYTES, plan.file_bytes - begin)]
-        plan.gather(begin, part, dropped)
+        plan.gather(begin, part, mapped)
         _write_all(f, part)
     if hasattr(f, "flush"):
         f.flush()

@@ -15,10 +15,12 @@ import os
 import pickle
 import re
 import struct
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from traceback import walk_tb
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -161,12 +163,10 @@ def is_restricted(how: Unpickling) -> bool:
     if how.weights_only is not None:
         return how.weights_only
     if must_not:
-        warnings.warn(
+        _warn(
             "Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected, since the "
             "`weights_only` argument was not explicitly passed to `fastsd.load`, forcing "
-            "weights_only=False.",
-            UserWarning,
-            stacklevel=5,
+            "weights_only=False."
         )
         return False
     # An explicit pickle module is for what the restricted unpickler cannot read.
@@ -175,6 +175,24 @@ def is_restricted(how: Unpickling) -> bool:
 
 def _is_set(variable: str) -> bool:
     return os.getenv(variable, "0").lower() in ("1", "y", "yes", "true")
+
+
+def _warn(message: str) -> None:
+    """Warns whoever has called fastsd."""
+    level = 1
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("fastsd."):
+        level += 1
+        frame = frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def is_turned_by_default(reader: _core.Reader) -> bool:
+    """Whether a file does not say its byte order, and torch has been told that it is big then."""
+    is_unsaid = reader.format == "pth" and reader.section(fsd.Section.BYTE_ORDER) is None
+    return is_unsaid and (
+        serialization.get_default_load_endianness() == serialization.LoadEndianness.BIG
+    )
 
 
 def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling) -> Any:
@@ -189,7 +207,7 @@ def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling
         serialization._check_dill_version(module)
         return serialization._load(records, map_location, module, **load_args)
     if how.load_args:
-        warnings.warn("pickle_load_args only works if `weights_only=False`.", stacklevel=4)
+        _warn("pickle_load_args only works if `weights_only=False`.")
     try:
         problem = _core.find_bad_nesting(stream)
         if problem:
@@ -198,11 +216,11 @@ def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling
             return _load_sparse(records, map_location, load_args)
         return serialization._load(records, map_location, _weights_only_unpickler, **load_args)
     except pickle.UnpicklingError as error:
-        raise pickle.UnpicklingError(_explain(reader.name, str(error))) from None
+        raise pickle.UnpicklingError(explain(reader.name, str(error))) from None
     except (MemoryError, OSError):
         raise
     except Exception as error:
-        if not _is_from_torch(error):
+        if not _is_from_unpickling(error):
             raise  # what a map_location, or a class that was declared safe, has to say
         if type(error) in (RuntimeError, ValueError):
             raise type(error)(f"{reader.name}: {error}") from error
@@ -212,51 +230,85 @@ def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling
         raise pickle.UnpicklingError(f"{reader.name}: {detail}") from error
 
 
-def _is_from_torch(error: BaseException) -> bool:
+def _is_from_unpickling(error: BaseException) -> bool:
     """Whether it was raised in torch's unpickling itself, rather than in what that has called."""
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    return place is not None and place.tb_frame.f_globals.get("__name__") in _UNPICKLING
+    return find_modules(error)[-1] in _UNPICKLING
 
 
-_UNPICKLING = {"torch._weights_only_unpickler", "torch.serialization", "torch._utils", __name__}
+def find_modules(error: BaseException) -> list[str]:
+    """The modules whose code an error has come through, that which raised it last."""
+    return [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+
+
+_UNPICKLING = {
+    "torch._weights_only_unpickler",
+    "torch.serialization",
+    "torch._utils",
+    "torch._tensor",
+    "torch.nn.parameter",
+    __name__,
+}
 
 
 def _load_sparse(records: _Records, map_location: Any, load_args: dict[str, Any]) -> Any:
     while True:
         try:
-            return serialization._load(records, map_location, _Restricted, **load_args)
-        except _ListClearedError:
+            module = make_restricted_module(SparseTensors.check)
+            return serialization._load(records, map_location, module, **load_args)
+        except ListClearedError:
             pass
 
 
-class _ListClearedError(Exception):
+class ListClearedError(Exception):
     """Another thread's load has cleared the list of sparse tensors that are to be checked."""
 
 
-class _Unpickler(_weights_only_unpickler.Unpickler):
-    """torch's restricted unpickler, which leaves sparse tensors unchecked unless it is told to.
+class SparseTensors(list[torch.Tensor]):
+    """Those that an unpickler has made: torch's own leaves them unchecked unless it is told to.
 
     Their indices may then lie outside of them, and what uses them would write anywhere. torch lists
     them for all threads together, and each load of each thread clears the list when it is done.
     """
 
-    def load(self) -> Any:
-        listed = torch._utils._sparse_tensors_to_validate
-        marker = torch.empty(0, layout=torch.sparse_coo, device=CPU)
-        listed.append(marker)
-        try:
-            obj = super().load()  # type: ignore[no-untyped-call]
-            found = list(listed)
-            if all(tensor is not marker for tensor in found):
-                raise _ListClearedError
-            if not (skips_data() or fakes_tensors()):
-                for tensor in found:
-                    _check_sparse(tensor)
-            return obj
-        finally:
-            listed.clear()  # or else the next file would have to answer for them
+    def check(self) -> None:
+        """Raises RuntimeError for one with indices beyond it."""
+        if not (skips_data() or fakes_tensors()):
+            for tensor in self:
+                _check_sparse(tensor)
+
+
+def make_restricted_module(
+    take: Callable[[SparseTensors], None], prepare: Callable[[Any], None] = lambda file: None
+) -> Any:
+    """What torch takes for a module to unpickle with: its restricted unpickler, which hands over
+    the sparse tensors that it has made, and has a file prepared before it reads it.
+
+    It raises ListClearedError where it has to be called again.
+    """
+
+    class Unpickler(_weights_only_unpickler.Unpickler):
+        def __init__(self, file: Any, **options: Any) -> None:
+            prepare(file)
+            super().__init__(file, **options)
+
+        def load(self) -> Any:
+            listed = torch._utils._sparse_tensors_to_validate
+            marker = torch.empty(0, layout=torch.sparse_coo, device=CPU)
+            listed.append(marker)
+            try:
+                obj = super().load()  # type: ignore[no-untyped-call]
+                found = SparseTensors(listed)
+                if all(tensor is not marker for tensor in found):
+                    raise ListClearedError
+                take(found)
+                return obj
+            finally:
+                listed.clear()  # or else the next file would have to answer for them
+
+    def load(file: Any, **options: Any) -> Any:
+        return Unpickler(file, **options).load()
+
+    return SimpleNamespace(__name__=__name__, Unpickler=Unpickler, load=load)
 
 
 def _check_sparse(tensor: torch.Tensor) -> None:
@@ -282,12 +334,6 @@ def _check_unpinned(check: Callable[..., None], *args: Any) -> None:
         check(*args, check_pinning=False)
     except TypeError:  # older releases have no such argument
         check(*args)
-
-
-class _Restricted:
-    """What torch takes for a module to unpickle with."""
-
-    Unpickler = _Unpickler
 
 
 def choose(obj: object, rules: NameRules, path: str) -> dict[str, torch.Tensor]:
@@ -345,7 +391,7 @@ _TRUST = (
 )
 
 
-def _explain(path: str, message: str) -> str:
+def explain(path: str, message: str) -> str:
     """torch's message, with what can be done about it."""
     text = f"{path}: Weights only load failed. "
     if "must be imported to load" in message:
@@ -380,16 +426,17 @@ class _Records:
     def __init__(self, reader: _core.Reader, stream: bytes) -> None:
         self._reader = reader
         self._stream = stream
+        self._byte_order = reader.section(fsd.Section.BYTE_ORDER)
+        if reader.format == "fsd":
+            self._byte_order = b"little"
         self._places = reader.storage_places()
         self._storages: dict[str, torch.Tensor] | None = None
 
     def has_record(self, name: str) -> bool:
-        return name in ("byteorder", _STREAM)
+        return name == _STREAM or (name == "byteorder" and self._byte_order is not None)
 
     def get_record(self, name: str) -> bytes:
-        if name == "byteorder":
-            return self._reader.section(fsd.Section.BYTE_ORDER) or b"little"
-        return self._stream
+        return (self._byte_order or b"") if name == "byteorder" else self._stream
 
     def get_storage_from_record(self, name: str, nbytes: int, dtype: Any) -> torch.Tensor:
         """All bytes of a storage, as a tensor whose own storage holds nothing else."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from fastsd import _core, pickled, tree
+from fastsd import _core, pickled, through_torch, tree
 from fastsd.archive import Restore, load_tensors
 from fastsd.errors import FormatError
 from fastsd.files import Source
-from fastsd.formats import fsd, legacy
+from fastsd.formats import fsd
 from fastsd.names import Choice, NameRules
 from fastsd.placement import find_restore
 
@@ -57,20 +58,14 @@ def restore_partly(reader: _core.Reader) -> Any:
 
 
 def restore_through_torch(source: Source, map_location: Any, how: pickled.Unpickling) -> Any:
-    """What only torch can read; raises what it raises, and FormatError."""
-    return legacy.load(
-        source,
-        map_location,
-        weights_only=pickled.is_restricted(how),
-        pickle_module=how.pickle_module,
-        load_args=dict(how.load_args),
-    )
+    """What only torch can read: see `through_torch.load`."""
+    return through_torch.load(source, map_location, how)
 
 
 def _needs_unpickling(reader: _core.Reader, how: pickled.Unpickling) -> bool:
     """Whether an unpickler has to read it: a plain pickle only if another one than Python's is
     asked for, or with other arguments."""
-    if not reader.is_plain:
+    if not reader.is_plain or pickled.is_turned_by_default(reader):
         return True
     is_special = how.pickle_module is not None or bool(how.load_args)
     return is_special and reader.section(fsd.Section.PICKLE) is not None
@@ -109,8 +104,15 @@ def _restore_whole(reader: _core.Reader, map_location: Any, how: pickled.Unpickl
         stream = reader.section(fsd.Section.PICKLE)
         assert stream is not None
         return pickled.load(reader, stream, map_location, how)
-    try:
+    with _naming(reader):
         return _restore_plain(reader, find_restore(map_location, reader.devices))
+
+
+@contextmanager
+def _naming(reader: _core.Reader) -> Iterator[None]:
+    """Errors of fastsd name the file; those of a ``map_location`` are torch's own."""
+    try:
+        yield
     except FormatError as error:
         error.path = reader.name
         raise
@@ -130,12 +132,9 @@ def _restore_chosen(
     reader: _core.Reader, map_location: Any, choice: Choice
 ) -> dict[str, torch.Tensor]:
     """Chosen tensors under their new names, with the `_metadata` of their modules."""
-    try:
+    with _naming(reader):
         restore = find_restore(map_location, reader.devices)
         tensors = load_tensors(reader, restore, choice.numbers)
-    except FormatError as error:
-        error.path = reader.name
-        raise
     text = reader.section(fsd.Section.TREE)
     prefix = choice.rules.prefix
     if text is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, Literal, NamedTuple, get_args
 
 from fastsd import _core, pickled, tree
@@ -59,20 +59,21 @@ def write(
     *,
     durable: bool = False,
     checksum: bool = True,
-    dropped: Sequence[_core.Reader] = (),
+    mapped: Sequence[_core.MappedFile] = (),
+    on_written: Callable[[int], None] | None = None,
 ) -> None:
     """Writes a plan to a path, as `encode_path` gives it, or to a file object.
 
-    ``dropped`` are readers of mapped files, which nobody may have changed in memory, that the plan
-    writes from: their pages are given back as soon as they have been written.
+    ``mapped`` are mapped files, which nobody may have changed in memory, that the plan writes from:
+    see `_core.Plan.write`, also for ``on_written``, which is told of files only.
     """
     if not isinstance(f, bytes):
-        write_stream(plan, f, durable=durable, checksum=checksum, dropped=dropped)
+        write_stream(plan, f, durable=durable, checksum=checksum, mapped=mapped)
     elif is_stream_path(f):
         with builtins.open(f, "wb") as stream:
-            write_stream(plan, stream, durable=False, checksum=checksum, dropped=dropped)
+            write_stream(plan, stream, durable=False, checksum=checksum, mapped=mapped)
     else:
-        plan.write(f, durable, checksum, dropped).commit(durable)
+        plan.write(f, durable, checksum, mapped, on_written).commit(durable)
 
 
 def _plan_fsd(obj: object, metadata: Mapping[str, str] | None, how: Pickling) -> _core.Plan:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,7 +54,7 @@ def plan_shards(
         ) from error
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
-    others = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
+    others = list(find_problems(state_dict))
     if others:
         raise UnsupportedError(f"only tensors can be split into shards, not what is under {others}")
     pattern = NAMES[format].pattern
@@ -69,6 +69,23 @@ def plan_shards(
     return ShardPlan(files, int(split.metadata["total_size"]))
 
 
+def find_problems(state_dict: Mapping[Any, Any]) -> dict[Any, str]:
+    """The keys that cannot go to shards, and why."""
+    found = {}
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            found[key] = f"is a key of type {type(key).__name__}, not str"
+        elif not isinstance(value, torch.Tensor):
+            found[key] = f"is a {type(value).__name__}, no tensor, and cannot go to a shard"
+    return found
+
+
+def list_targets(format: Format, shards: ShardPlan) -> list[str]:
+    """The files that are written, or removed because they would hide what is."""
+    names = NAMES[format]
+    return [*shards.files, names.index_file, names.pattern.format(suffix="")]
+
+
 def write_sharded(
     state_dict: Mapping[str, torch.Tensor],
     directory: str | os.PathLike[str],
@@ -79,7 +96,8 @@ def write_sharded(
     durable: bool = False,
     checksum: bool = True,
     lossy: bool = False,
-    dropped: Sequence[_core.Reader] = (),
+    mapped: Sequence[_core.MappedFile] = (),
+    on_written: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Writes a state_dict to files of at most ``max_shard_bytes`` each, and their index.
 
@@ -92,31 +110,34 @@ def write_sharded(
     only file. Other arguments as for `saving.make_plan` and `saving.write`. Returns the files'
     names. Raises what `plan_shards` and `fastsd.save` raise.
     """
-    os.makedirs(directory, exist_ok=True)
     shards = plan_shards(state_dict, format, max_shard_bytes)
+    os.makedirs(directory, exist_ok=True)
     weight_map: dict[str, str] = {}
     pending: list[_core.PendingFile] = []
+    done = 0
     for file, names in shards.files.items():
         path = os.fsencode(os.path.join(directory, file))
-        shard = _select(state_dict, names)
-        plan = make_plan(shard, format, path, metadata, lossy=lossy)
-        pending.append(plan.write(path, durable, checksum, dropped))
+        plan = make_plan(select(state_dict, names), format, path, metadata, lossy=lossy)
+        pending.append(plan.write(path, durable, checksum, mapped, _add_to(done, on_written)))
+        done += plan.file_bytes
+        if on_written is not None:
+            on_written(done)
         # safetensors' readers look for every name of the index in its file.
         left_out = {names[i] for i, _ in plan.tied} if format == "safetensors" else set()
         weight_map |= {name: file for name in names if name not in left_out}
     index = os.path.join(directory, NAMES[format].index_file)
     only = os.path.join(directory, NAMES[format].pattern.format(suffix=""))
-    is_one = len(shards.files) == 1
-    if not is_one:
+    is_alone = len(shards.files) == 1
+    if not is_alone:
         content = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
         data = json.dumps(content, indent=2).encode() + b"\n"
         pending.append(_core.write_bytes(os.fsencode(index), data, durable))
-    if not is_one and any(os.path.exists(os.path.join(directory, file)) for file in shards.files):
+    if not is_alone and any(os.path.exists(os.path.join(directory, file)) for file in shards.files):
         _remove(index)
     for pending_file in pending:
         pending_file.commit(durable)
-    _remove(index if is_one else only)
-    return list(shards.files) if is_one else [*shards.files, NAMES[format].index_file]
+    _remove(index if is_alone else only)
+    return [*shards.files] if is_alone else [*shards.files, NAMES[format].index_file]
 
 
 def _remove(path: str) -> None:
@@ -124,7 +145,12 @@ def _remove(path: str) -> None:
         os.unlink(path)
 
 
-def _select(state_dict: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
+def _add_to(done: int, on_written: Callable[[int], None] | None) -> Callable[[int], None] | None:
+    """Tells of the bytes of a file together with those before it."""
+    return on_written and (lambda nbytes: on_written(done + nbytes))
+
+
+def select(state_dict: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
     """A part of a dictionary, with its type and attributes."""
     items = ((name, state_dict[name]) for name in names)
     if not isinstance(state_dict, OrderedDict):

@@ -75,14 +75,19 @@ def _encode_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     for key, value in own.items():
         if not (isinstance(key, str) and isinstance(value, str)):
             raise TypeError(f"metadata maps strings to strings, not {key!r} to {value!r}")
-        if key.startswith(PREFIX) or (key in FRAMEWORK and value != FRAMEWORK[key]):
+        if is_reserved(key, value):
             raise ValueError(f"metadata key {key!r} is fastsd's own in safetensors files")
     return FRAMEWORK | own
 
 
+def is_reserved(key: str, value: str) -> bool:
+    """Whether an entry of the metadata cannot be the user's."""
+    return key.startswith(PREFIX) or FRAMEWORK.get(key, value) != value
+
+
 def _describe_dictionary(obj: Mapping[Any, Any], lossy: bool) -> dict[str, str]:
     """What the metadata say of the dictionary itself. Raises UnsupportedError."""
-    attributes = dict(getattr(obj, "__dict__", {}))
+    attributes = _attributes_of(obj)
     state_metadata = attributes.pop("_metadata", None)
     text = None if state_metadata is None else tree.encode_state_metadata(state_metadata)
     if not lossy:
@@ -139,6 +144,41 @@ def find_problems(obj: Mapping[Any, Any]) -> dict[Any, str]:
     """The keys that cannot be held, and why."""
     found = {key: _find_problem(key, value) for key, value in obj.items()}
     return {key: problem for key, problem in found.items() if problem is not None}
+
+
+def find_holdable(obj: object) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """What a file can hold of a dictionary, and what it cannot: a line for each key, and why.
+
+    Raises UnsupportedError for an object that is none.
+    """
+    if not isinstance(obj, Mapping):
+        raise UnsupportedError(f"safetensors holds dictionaries, not a {_name_type(obj)}")
+    problems = find_problems(obj)
+    lost = [f"{key}: {problem}" for key, problem in problems.items()]
+    held = OrderedDict((key, value) for key, value in obj.items() if key not in problems)
+    for key, tensor in held.items():
+        is_trained = tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)
+        lost += [f"{key}: that it requires grad, or is a Parameter"] * is_trained
+        lost += [f"{key}: its attribute {name!r}" for name in vars(tensor)]
+        if is_trained or vars(tensor):
+            held[key] = tensor.detach()
+    names = list(held)
+    plan = _core.Plan(names, list(held.values()), _DenseDescriber())
+    for group in plan.find_shared():
+        lost.append(f"{', '.join(names[number] for number in group)}: that they overlap in memory")
+    metadata = getattr(obj, "_metadata", None)
+    if isinstance(metadata, OrderedDict) and tree.encode_state_metadata(metadata) is not None:
+        vars(held)["_metadata"] = metadata
+    unheld = _attributes_of(obj).keys() - vars(held).keys()
+    lost += [f"the dictionary's attribute {name!r}" for name in sorted(unheld)]
+    if type(obj) not in (dict, OrderedDict):
+        lost.append(f"that the dictionary is a {_name_type(obj)}")
+    return held if isinstance(obj, OrderedDict) or vars(held) else dict(held), lost
+
+
+def _attributes_of(obj: object) -> dict[str, Any]:
+    """An object's attributes; none of one that can have none."""
+    return dict(getattr(obj, "__dict__", {}))
 
 
 def _refuse_items(obj: Mapping[Any, Any]) -> None:

@@ -37,7 +37,10 @@ def open_any(f: Any, mmap: bool | None) -> Iterator[Opened]:
         reader = _open_reader(source, mmap)
         if reader is not None and reader.section(Section.TORCH_SCRIPT) is None:
             yield Opened([reader])
-        elif is_path(f) and _is_json(source.peek()):
+        elif _is_json(source.peek()):
+            if not is_path(f):
+                detail = "it looks like JSON: an index of shards is loaded by its path"
+                raise FormatError(detail, path=source.name)
             yield _open_shards(sharded.read_index(source.name), mmap)
         else:
             yield Opened([], source)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from fastsd import _core
-from fastsd.errors import FormatError
+from fastsd.errors import FormatError, LimitError, UnsupportedError
 
-_INDEX_BYTES_MAX = 256 << 20
+_INDEX_BYTES_MAX = 64 << 20  # those of the largest models have ten
+_FILES_MAX = 1 << 16
 # What a directory holds that is one model, the preferred first.
 _WEIGHTS = (
     "model.fsd",
@@ -40,7 +42,7 @@ class Shards(NamedTuple):
 def find_shards(path: str) -> Shards:
     """What a directory holds: the files of an index, or the one file with a usual name.
 
-    Raises FileNotFoundError for a directory without either, and FormatError for one with several
+    Raises IsADirectoryError for a directory without either, and FormatError for one with several
     indexes, and as `read_index` does.
     """
     directory = Path(path)
@@ -50,14 +52,14 @@ def find_shards(path: str) -> Shards:
             return read_index(str(index))
         if (directory / name).is_file():
             return Shards(path, [_check_within(directory, name, path)], {})
-    others = sorted(directory.glob("*.index*.json"))
+    others = sorted(other for other in directory.glob("*.index*.json") if other.is_file())
     if len(others) == 1:
         return read_index(str(others[0]))
     if others:
         names = ", ".join(index.name for index in others)
         raise FormatError(f"holds several indexes: name one of {names}", path=path)
-    raise FileNotFoundError(
-        errno.ENOENT,
+    raise IsADirectoryError(
+        errno.EISDIR,
         "a directory without an index of shards (*.index.json) or a file with a usual name "
         f"({_WEIGHTS[1]}, {_WEIGHTS[2]}...)",
         path,
@@ -66,11 +68,8 @@ def find_shards(path: str) -> Shards:
 
 def read_index(path: str) -> Shards:
     """Reads an index. Raises FormatError for one that is damaged, or names files elsewhere."""
-    size = os.path.getsize(path)
-    if size > _INDEX_BYTES_MAX:
-        raise FormatError(f"an index of {size} bytes, more than {_INDEX_BYTES_MAX}", path=path)
     try:
-        index = json.loads(Path(path).read_bytes(), object_pairs_hook=_refuse_duplicates)
+        index = json.loads(_read_regular(path), object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"the index is no JSON: {error}", path=path) from None
     tensors = index.get("weight_map") if isinstance(index, dict) else None
@@ -79,11 +78,25 @@ def read_index(path: str) -> Shards:
     strange = next((name for name, file in tensors.items() if not isinstance(file, str)), None)
     if strange is not None:
         raise FormatError(f'the index gives no file name for "{strange}"', path=path)
-    directory = Path(path).parent
-    places = {
-        name: _check_within(directory, name, path) for name in dict.fromkeys(tensors.values())
-    }
+    names = dict.fromkeys(tensors.values())
+    if not names:
+        raise FormatError("the index names no files", path=path)
+    if len(names) > _FILES_MAX:
+        raise LimitError(f"the index names {len(names)} files, more than {_FILES_MAX}", path=path)
+    places = {name: _check_within(Path(path).parent, name, path) for name in names}
     return Shards(path, list(places.values()), {n: places[file] for n, file in tensors.items()})
+
+
+def _read_regular(path: str) -> bytes:
+    # O_NONBLOCK: a FIFO is refused rather than waited for.
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UnsupportedError("an index that is not a regular file", path=path)
+        if status.st_size > _INDEX_BYTES_MAX:
+            detail = f"an index of {status.st_size} bytes, more than {_INDEX_BYTES_MAX}"
+            raise LimitError(detail, path=path)
+        return file.read(_INDEX_BYTES_MAX)
 
 
 def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -96,16 +109,18 @@ def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _check_within(directory: Path, name: str, path: str) -> str:
     """The file's path. Raises FormatError for one that leaves the directory.
 
-    Links may lead where the cache of huggingface_hub has them lead: from snapshots/REVISION/ to
-    blobs/ beside them.
+    Links may lead where the cache of huggingface_hub has them lead: from below snapshots/REVISION
+    to blobs/ beside snapshots/.
     """
     if not name or "\0" in name or "\\" in name or os.path.isabs(name) or ".." in Path(name).parts:
         raise FormatError(f"names a file outside of its directory: {name!r}", path=path)
-    home = directory.resolve()
-    real = (directory / name).resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
+    try:
+        home = directory.resolve()
+        real = (directory / name).resolve()
+    except (ValueError, RuntimeError) as error:  # no name that can be; links that lead in a circle
+        raise FormatError(f"names a file that cannot be, {name!r}: {error}", path=path) from None
+    caches = [parent.parent for parent in home.parents if parent.name == "snapshots"]
+    allowed = [home, *(cache / "blobs" for cache in caches)]
     if not any(real.is_relative_to(root) for root in allowed):
         raise FormatError(f"{name!r} is a link that leads out of its directory", path=path)
     return str(directory / name)

@@ -65,8 +65,8 @@ TEST(layouts_are_the_same_in_files_and_streams) {
   }
 }
 
-// The pages that are dropped are those of the file, which still has them.
-TEST(layouts_of_a_mapped_file_are_the_same_when_pages_are_dropped) {
+// What is mapped is read from the file, and what is strided from pages that are given back.
+TEST(layouts_of_a_mapped_file_are_the_same) {
   Random random(52);
   const Folder folder;
   const std::vector<std::byte> bytes = random.bytes((9 << 20U) + 77);
@@ -84,9 +84,18 @@ TEST(layouts_of_a_mapped_file_are_the_same_when_pages_are_dropped) {
     std::vector<Tensor> mapped = tensors;
     for (Tensor& tensor : mapped) tensor.data = memory->data() + (tensor.data - bytes.data());
     WriteOptions options;
-    options.dropped = {{memory->data(), bytes.size()}};
-    write_file(folder.path("x"), *lay_out_tensors(mapped), options, nullptr);
+    options.mappings = {{{memory->data(), bytes.size()}, &file}};
+    std::atomic<std::uint64_t> written{0};
+    options.written = &written;
+    const std::unique_ptr<Layout> layout = lay_out_tensors(mapped);
+    write_file(folder.path("x"), *layout, options, nullptr);
     CHECK(read_whole(folder.path("x")) == wanted);
+    CHECK(written == layout->data_end() - layout->data_begin());
+    checksum_storages(*layout, options, nullptr);
+    std::string streamed(layout->file_bytes(), '\xEE');
+    Content(*layout).gather(0, streamed.size(), reinterpret_cast<std::byte*>(streamed.data()),
+                            options.mappings);
+    CHECK(streamed == wanted);
   }
 }
 

@@ -26,6 +26,27 @@ std::string doubling(std::size_t levels) {
   return stream;
 }
 
+// Calls of what takes as much memory as it is told to.
+TEST(memory_that_is_not_filled) {
+  const std::string kCall = std::string(kLeaf) + kOne + "R.";
+  CHECK(is_bad("cbuiltins\nbytearray\n" + kCall));
+  CHECK(is_bad("c__builtin__\nbytearray\n" + kCall));
+  CHECK(is_bad("ctorch\nTensor\n" + kCall));
+  CHECK(is_bad("ctorch\nTensor\n)\x81."));
+  CHECK(is_bad("ctorch.cuda.sparse\nFloatTensor\n" + kCall));
+  CHECK(is_bad("ctorch.storage\nUntypedStorage\nq\x01h\x01" + kCall));
+  CHECK(is_bad("ctorch._tensor\n_rebuild_from_type_v2\n(ctorch\nTensor\n" + kCall));
+  // What torch and pickle write.
+  CHECK(!is_bad("cbuiltins\nbytearray\nc_codecs\nencode\nX\1" + std::string(3, '\0') + "aN" + kTwo +
+                "R" + kOne + "R."));
+  CHECK(!is_bad("cbuiltins\nbytearray\n)R."));
+  CHECK(
+      !is_bad("ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._utils\n_rebuild_tensor_v2\n"
+              "ctorch\nTensor\n(tNtR."));
+  CHECK(!is_bad("ctorch\nSize\n" + kCall));
+  CHECK(!is_bad("cmy\nTensor\n" + kCall));
+}
+
 TEST(depth_of_tuples) {
   CHECK(!is_bad(kLeaf + repeat(kOne, 1000) + "."));
   CHECK(is_bad(kLeaf + repeat(kOne, 1001) + "."));

@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "checksum.h"
+
 namespace fastsd::test {
 
 struct ZipSample {
@@ -40,13 +42,14 @@ class ZipBuilder {
     for (const auto& file : files) builder.add_local(file.first, file.second);
     zip.directory = zip.bytes.size();
     for (std::size_t i = 0; i < files.size(); ++i)
-      builder.add_central(i, files[i].first, files[i].second.size());
+      builder.add_central(i, files[i].first, files[i].second);
     builder.add_end(files.size(), is_wide, comment);
     return zip;
   }
 
-  // Not the real one: readers keep it, and do not compare it.
-  static std::uint32_t crc32_of(std::size_t i) { return 0x01010101U * std::uint32_t(i + 1); }
+  static std::uint32_t crc32_of(const std::string& data) {
+    return crc32(0, data.data(), data.size());
+  }
 
  private:
   template <class... Values>
@@ -72,13 +75,13 @@ class ZipBuilder {
     append(std::uint16_t(padding));
     zip_.bytes += std::string(padding, 'Z') + data;
     const auto bytes = std::uint32_t(data.size());
-    append(std::uint32_t{0x08074B50}, crc32_of(zip_.locals.size() - 1), bytes, bytes);
+    append(std::uint32_t{0x08074B50}, crc32_of(data), bytes, bytes);
   }
 
-  void add_central(std::size_t i, const std::string& name, std::size_t bytes) {
+  void add_central(std::size_t i, const std::string& name, const std::string& data) {
     zip_.centrals.push_back(zip_.bytes.size());
     append(std::uint32_t{0x02014B50}, std::uint16_t{0});
-    append_common(0x808, crc32_of(i), std::uint32_t(bytes), name, 0);
+    append_common(0x808, crc32_of(data), std::uint32_t(data.size()), name, 0);
     append(std::uint16_t{0}, std::uint16_t{0}, std::uint16_t{0}, std::uint32_t{0},
            std::uint32_t(zip_.locals[i]));
     zip_.bytes += name;

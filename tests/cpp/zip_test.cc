@@ -34,7 +34,7 @@ void check_records(const std::string& bytes, const Files& files) {
     const ZipRecord& record = directory.records[i];
     CHECK(record.name == files[i].first && !record.is_compressed);
     CHECK(bytes.substr(record.offset, record.bytes) == files[i].second);
-    CHECK(record.crc32 == ZipBuilder::crc32_of(i));
+    CHECK(record.crc32 == ZipBuilder::crc32_of(files[i].second));
   }
 }
 

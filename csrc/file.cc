@@ -344,7 +344,7 @@ void File::read_ahead(std::uint64_t begin, std::uint64_t bytes) const {
 namespace {
 
 // The mappings that are there, by their addresses.
-struct MappedFile {
+struct MappedRange {
   std::uint64_t offset;
   std::uint64_t bytes;
   dev_t device;
@@ -352,8 +352,8 @@ struct MappedFile {
 };
 std::mutex mapped_mutex;
 
-std::map<const std::byte*, MappedFile>& mapped_files() {
-  static auto* files = new std::map<const std::byte*, MappedFile>;  // tensors may outlive statics
+std::map<const std::byte*, MappedRange>& mapped_files() {
+  static auto* files = new std::map<const std::byte*, MappedRange>;  // tensors may outlive statics
   return *files;
 }
 

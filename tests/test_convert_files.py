@@ -43,14 +43,22 @@ def damaging(monkeypatch):
     """Changes a byte behind the back of what has written a file."""
 
     def install(needle):
-        def write_and_damage(plan, f, **options):
-            write(plan, f, **options)
-            path = Path(os.fsdecode(f))
+        def damage_if_there(path):
             if needle in path.read_bytes():
                 damage(path, needle)
 
+        def write_and_damage(plan, f, **options):
+            write(plan, f, **options)
+            damage_if_there(Path(os.fsdecode(f)))
+
+        def write_shards_and_damage(state, directory, *args, **options):
+            files = write_sharded(state, directory, *args, **options)
+            for file in files:
+                damage_if_there(Path(directory, file))
+            return files
+
         monkeypatch.setattr(MODULE, "write", write_and_damage)
-        monkeypatch.setattr("fastsd.shards.write", write_and_damage)
+        monkeypatch.setattr("fastsd.shards.write_sharded", write_shards_and_damage)
 
     return install
 

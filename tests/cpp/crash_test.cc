@@ -49,6 +49,7 @@ std::vector<Place> some_places() {
             {false, false, false, false}};
   }
   std::vector<Place> places;
+  places.reserve(16);
   for (unsigned bits = 0; bits < 16; ++bits)
     places.push_back({(bits & 1U) != 0, (bits & 2U) != 0, (bits & 4U) != 0, (bits & 8U) != 0});
   return places;

@@ -21,6 +21,7 @@ template <class Work>
 void check_in_threads(Work work) {
   std::atomic<int> right{0};
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (std::size_t thread = 0; thread < kThreads; ++thread) {
     threads.emplace_back([&, thread] {
       for (int round = 0; round < kRounds; ++round) right += work(thread) ? 1 : 0;

@@ -294,6 +294,19 @@ def test_a_full_disk(exists, durable, small_disk):
 
 
 @pytest.mark.parametrize("durable", [False, True])
+def test_a_read_only_file_system(durable, small_disk):
+    path = small_disk / "x.fsd"
+    fastsd.save(OLD, path)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for target in (path, small_disk / "new.fsd"):
+        with pytest.raises(OSError, match="Read-only") as caught:
+            fastsd.save(NEW, target, durable=durable)
+        assert caught.value.errno == errno.EROFS
+        assert caught.value.filename == str(target)
+    check_untouched(path)
+
+
+@pytest.mark.parametrize("durable", [False, True])
 @pytest.mark.parametrize("nbytes", [1000, 5000, 1 << 20, 3 << 20])
 def test_a_file_size_limit(nbytes, durable, old):
     """The system may refuse after any number of bytes; Python ignores the signal that it sends."""

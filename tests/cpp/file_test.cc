@@ -412,6 +412,23 @@ TEST(atomic_file_notices_when_its_hidden_name_goes) {
   CHECK(read_whole(path) == "new" && folder.file_count() == 1);
 }
 
+// An error, wherever the file is then.
+TEST(atomic_file_whose_folder_vanishes_is_an_error) {
+  for (const bool has_unnamed_files : {false, true}) {
+    for (const char* call : {"fstatfs", "pwritev", "renameat"}) {
+      const Folder folder;
+      fs::create_directory(folder.path("deep"));
+      const std::string path = folder.path("deep/f");
+      Injection injection = {Fault::kMeanwhile, 0, 0, false, call, has_unnamed_files};
+      injection.meanwhile = [&] { fs::remove_all(folder.path("deep")); };
+      const Outcome outcome =
+          run_with(injection, path.c_str(), [&] { write_atomically(path, "new"); });
+      CHECK(outcome.is_injected && outcome.end == Outcome::End::kThrew);
+      CHECK(folder.file_count() == 0);
+    }
+  }
+}
+
 TEST(atomic_file_that_cannot_be_named_leaves_nothing) {
   for (const bool is_hidden : {false, true}) {
     const Folder folder;

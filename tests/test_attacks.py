@@ -705,6 +705,7 @@ def test_links_in_the_place_of_temporary_files_are_not_followed(hidden, tmp_path
     fastsd.convert(source, target)
     assert victim.read_text() == "mine"
     assert fastsd.load(target)["a"].tolist() == [1]
+    (tmp_path / hidden).unlink()
 
 
 def test_names_in_a_file_are_no_paths_of_what_is_converted(tmp_path):

@@ -158,7 +158,9 @@ OTHERS = {
 def test_files_of_other_kinds_are_refused_with_the_likely_cause(name, path):
     make, cause = OTHERS[name]
     make(path)
-    error = refusals_of_all(path)
+    # That a pickle has no checksums is said before it is looked into.
+    is_pickle = name.startswith("pickle")
+    error = refusals_of_all(path, [c for c in ON_OPEN if not (is_pickle and "verified" in c)])
     assert isinstance(error, FormatError)
     if cause is None:
         assert not re.search(r"looks like|it is ", error.detail)

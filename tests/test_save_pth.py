@@ -198,7 +198,9 @@ def test_more_than_65535_records(tmp_path):
     storage = torch.ones(1).untyped_storage()
     parts = pickled.dump(torch.ones(1), None, None)
     storages = {str(i): storage for i in range(count)}
-    pickled.plan_zip(parts.records, storages, "x").write(os.fsencode(path), False, True)
+    pickled.plan_zip(parts.records, storages, "x").write(os.fsencode(path), False, True).commit(
+        False
+    )
     archive = zipfile.ZipFile(path)
     assert len(archive.namelist()) == count + len(parts.records) + 2
     assert archive.read("x/data/65999") == bytes(storage)

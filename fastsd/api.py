@@ -19,7 +19,7 @@ from fastsd.formats import fsd
 from fastsd.formats.detect import open_any
 from fastsd.into import Target
 from fastsd.names import NameRules, Rename, Select
-from fastsd.restore import restore, restore_through_torch
+from fastsd.restore import restore
 from fastsd.saving import Format, Pickling, make_plan, write
 from fastsd.tensors import CPU
 
@@ -187,7 +187,7 @@ def _load_through_torch(
 ) -> Any:
     if verify == "checksums":
         raise ChecksumError("there are no checksums in a file of this kind", path=source.name)
-    obj = restore_through_torch(source, map_location, how)
+    obj = through_torch.load(source, map_location, how)
     return pickled.choose(obj, rules, source.name) if rules else obj
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
@@ -117,9 +117,9 @@ class Archive(Mapping[str, torch.Tensor]):
         self._readers: list[_core.Reader] = list(readers)  # one a file; none once it is closed
         self._metadata = metadata
         self._device = torch.device(device)
-        # Tensors are numbered file after file.
-        counts = [0, *(reader.tensor_count for reader in readers)]
-        self._first_numbers = list(accumulate(counts[:-1]))
+        # Tensors, and storages, are numbered file after file.
+        self._first_numbers = _find_firsts(reader.tensor_count for reader in readers)
+        self._first_storages = _find_firsts(reader.storage_count for reader in readers)
         names = chain.from_iterable(reader.names() for reader in readers)
         self._numbers = {name: number for number, name in enumerate(names)}
         self._shared = {
@@ -127,8 +127,6 @@ class Archive(Mapping[str, torch.Tensor]):
             for file, reader in enumerate(readers)
             for storage in _find_shared(reader)
         }
-        counts = [reader.storage_count for reader in readers]
-        self._first_storages = [sum(counts[:file]) for file in range(len(counts))]
         self._bases: dict[tuple[int, int], torch.Tensor] = {}
 
     # ---- Mapping ----
@@ -290,6 +288,11 @@ class Archive(Mapping[str, torch.Tensor]):
         if end == begin:
             return reader.base(number, 0, 0).to(self._device), begin
         return reader.base(number, begin, end).to(self._device), begin
+
+
+def _find_firsts(counts: Iterable[int]) -> list[int]:
+    """The number of the first item of each file, where files have so many."""
+    return list(accumulate(counts, initial=0))[:-1]
 
 
 def _find_shared(reader: _core.Reader) -> frozenset[int]:

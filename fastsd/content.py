@@ -9,13 +9,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastsd import _core, pickled
+from fastsd import _core, pickled, through_torch
 from fastsd.api import get_unsafe_globals_in_checkpoint
 from fastsd.formats import dcp, fsd
 from fastsd.formats.detect import open_any
 from fastsd.layouts import Layout
 from fastsd.pieces import list_mapped
-from fastsd.restore import restore, restore_partly, restore_through_torch
+from fastsd.restore import restore, restore_partly
 from fastsd.saving import Format
 from fastsd.tensors import CPU
 from fastsd.transform import (
@@ -75,7 +75,7 @@ def open_source(path: str, *, trust: bool) -> Iterator[Source]:
             yield Source(path, files, opened.readers, list_mapped(opened.readers))
         else:
             how = pickled.Unpickling(weights_only=not trust)
-            load = lambda: restore_through_torch(stream, CPU, how)  # noqa: E731
+            load = lambda: through_torch.load(stream, CPU, how)  # noqa: E731
             yield Source(path, [path], [], [], load)
 
 

@@ -12,7 +12,6 @@ from typing import Literal
 from fastsd import api
 from fastsd.errors import ChecksumError, FastsdError
 from fastsd.formats.dcp import METADATA_NAME, SHARD_SUFFIX
-from fastsd.summary import format_of
 
 PathLike = str | os.PathLike[str]
 Status = Literal["good", "damaged", "unreadable", "skipped"]
@@ -67,7 +66,7 @@ def verify_file(path: PathLike, *, is_certain: bool = True) -> FileCheck:
         if stat.S_ISREG(status.st_mode):
             known = replace(known, file_bytes=status.st_size)
         with api.open(path) as archive:
-            known = replace(known, format=format_of(archive), tensors=len(archive))
+            known = replace(known, format=archive.format, tensors=len(archive))
             if known.path.endswith(_INDEX_SUFFIX):
                 known = replace(known, shards=list(archive.files))
             if known.shards and not is_certain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +11,9 @@ from typing import Any
 
 import torch
 
-from fastsd import _core, pickled, through_torch, tree
+from fastsd import _core, pickled, tree
 from fastsd.archive import Restore, load_tensors
 from fastsd.errors import FormatError
-from fastsd.files import Source
 from fastsd.formats import fsd
 from fastsd.names import Choice, NameRules
 from fastsd.placement import find_restore
@@ -32,13 +32,10 @@ def restore(
 
     Raises FormatError, NamesError, and what torch raises for a pickle or a ``map_location``.
     """
-    if any(_needs_unpickling(reader, how) for reader in readers):
+    if rules is None or any(_needs_unpickling(reader, how) for reader in readers):
         obj = _merge([_restore_whole(reader, map_location, how) for reader in readers], readers)
         chosen = pickled.choose(obj, rules, readers[0].name) if rules else obj
         return chosen, [None] * len(readers)
-    if rules is None:
-        objects = [_restore_whole(reader, map_location, how) for reader in readers]
-        return _merge(objects, readers), [None] * len(readers)
     names = [name for reader in readers for name in reader.names()]
     choices = _split(rules.choose(names, readers[0].name), readers)
     parts = [
@@ -55,11 +52,6 @@ def restore_partly(reader: _core.Reader) -> Any:
     if text is None:
         return None
     return tree.restore_partly(text, list(load_tensors(reader, None).values()))
-
-
-def restore_through_torch(source: Source, map_location: Any, how: pickled.Unpickling) -> Any:
-    """What only torch can read: see `through_torch.load`."""
-    return through_torch.load(source, map_location, how)
 
 
 def _needs_unpickling(reader: _core.Reader, how: pickled.Unpickling) -> bool:
@@ -89,12 +81,9 @@ def _split(choice: Choice, readers: Sequence[_core.Reader]) -> list[Choice]:
     first = 0
     for reader in readers:
         end = first + reader.tensor_count
-        own = [
-            (number - first, name)
-            for number, name in zip(choice.numbers, choice.names, strict=True)
-            if first <= number < end
-        ]
-        parts.append(replace(choice, numbers=[n for n, _ in own], names=[name for _, name in own]))
+        own = slice(bisect_left(choice.numbers, first), bisect_left(choice.numbers, end))
+        numbers = [number - first for number in choice.numbers[own]]
+        parts.append(replace(choice, numbers=numbers, names=choice.names[own]))
         first = end
     return parts
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fastsd import api
-from fastsd.archive import Archive, TensorInfo
+from fastsd.archive import TensorInfo
 from fastsd.errors import FastsdError
 
 
@@ -81,7 +81,7 @@ def summarize(path: str | os.PathLike[str]) -> Summary:
             error.path = error.path or os.fsdecode(path)
             raise
         metadata = archive.metadata
-        format_, version = format_of(archive), archive.version
+        format_, version = archive.format, archive.version
     tensors = _find_shared(infos)
     storages = {info.storage: info for info in infos}
     unsafe_globals, problem = _find_unsafe_globals(path)
@@ -101,11 +101,6 @@ def summarize(path: str | os.PathLike[str]) -> Summary:
         pickle_problem=problem,
         tensors=tensors,
     )
-
-
-def format_of(archive: Archive) -> str:
-    """The name of an archive's format."""
-    return archive.format
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -16,10 +16,10 @@ from fastsd.errors import FastsdError, FormatError, TruncatedError, UnsupportedE
 from fastsd.files import Source
 from fastsd.formats import legacy
 
-# Where torch says that there is no such device here, or that it will not do as it is asked to.
 _PICKLES_BEFORE_THE_OBJECT = 3  # torch's magic number, its protocol, the machine
 # What else an error has come through is a class, or a map_location, and that has its own to say.
 _READING = {"torch", "fastsd", "tarfile", "contextlib", "collections"}
+# Where torch says that there is no such device here, or that it will not do as it is asked to.
 _NO_FAULT_OF_THE_FILE = (
     "deserialize object",
     "restore data location",

@@ -23,15 +23,11 @@ def describe(obj: object) -> Layout:
     """The layout of a loaded object; "object" if it is no dictionary."""
     if not isinstance(obj, Mapping):
         return Layout("object")
-    tensors = [key for key, value in obj.items() if isinstance(value, torch.Tensor)]
-    inner = next(iter(_weights_of(obj)), None)
-    names = tensors if inner is None else [f"{inner}.{name}" for name in map(str, obj[inner])]
-    return recognise(kinds_of(obj, torch.Tensor), map(str, names))
-
-
-def _weights_of(obj: Mapping[Any, Any]) -> list[str]:
-    pick = recognise(kinds_of(obj, torch.Tensor)).pick
-    return [pick] if pick is not None and isinstance(obj[pick], Mapping) else []
+    kinds = kinds_of(obj, torch.Tensor)
+    pick = recognise(kinds).pick
+    if pick is not None and isinstance(obj[pick], Mapping):
+        return recognise(kinds, [f"{pick}.{name}" for name in obj[pick]])
+    return recognise(kinds, [str(k) for k, v in obj.items() if isinstance(v, torch.Tensor)])
 
 
 class Picked(NamedTuple):

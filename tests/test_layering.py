@@ -68,7 +68,7 @@ PYTHON_ALLOWED: dict[str, set[str]] = {
     "to_safetensors": {"tree", "_core"},
     "saving": {"files", "to_safetensors", "placement", "pickled", "_core"},
     "through_torch": {"pickled", "_core"},
-    "restore": {"tree", "placement", "pickled", "through_torch", "names", "_core"},
+    "restore": {"tree", "placement", "pickled", "names", "_core"},
     "shards": {"saving", "_core"},
     "api": {"saving", "restore", "through_torch", "into", "_core"},
     "layouts": set(),

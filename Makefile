@@ -8,6 +8,7 @@ BUILD := build/dev
 BUILT := $(BUILD)/.built
 
 CPP := $(wildcard csrc/*.h csrc/*.cc csrc/*/*.h csrc/*/*.cc tests/cpp/*.h tests/cpp/*.cc \
+  tests/stub_cuda/*.h tests/stub_cuda/*.cc \
   tests/fuzz/*.h tests/fuzz/*.cc tests/fuzz/*/*.cc)
 # Headers are checked through the sources that include them.
 CC := $(filter %.cc,$(CPP))

@@ -14,6 +14,7 @@ enum class Failure {
   kTruncated,    // the file ends before what its header promises
   kLimit,        // larger than a named limit of the format
   kUnsupported,  // the input cannot be represented in the container
+  kDevice,       // a GPU, or what drives it, failed
   kInterrupted,  // the caller asked to stop (Ctrl-C)
 };
 

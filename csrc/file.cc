@@ -34,6 +34,12 @@ constexpr std::size_t kMemoryAlignBytes = 64;
   throw Error(Failure::kSystem, std::strerror(error), path, error);
 }
 
+[[noreturn]] void fail_at_end(const std::string& path, std::uint64_t bytes) {
+  throw Error(Failure::kTruncated,
+              "the file ended at byte " + std::to_string(bytes) + ", while it was being read",
+              path);
+}
+
 // Calls again what a signal has interrupted.
 template <class Call>
 auto retry(Call call) {
@@ -166,6 +172,20 @@ ssize_t copy_bytes(const struct iovec& piece, const std::byte* source, std::uint
   const std::uint64_t bytes = std::min<std::uint64_t>(piece.iov_len, source_bytes - begin);
   std::memcpy(piece.iov_base, source + begin, bytes);
   return static_cast<ssize_t>(bytes);
+}
+
+// Whether pages of a file are in the page cache, as far as mincore(2) tells: those who may not
+// write to a file are told of all that they are.
+bool are_resident(int fd, std::uint64_t first_page, std::uint64_t count) {
+  const std::size_t bytes = count * page_bytes();
+  void* address = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd,
+                         static_cast<off_t>(first_page * page_bytes()));
+  if (address == MAP_FAILED) return false;
+  std::vector<unsigned char> pages(count);
+  const bool is_known = ::mincore(address, bytes, pages.data()) == 0;
+  ::munmap(address, bytes);
+  return is_known && std::all_of(pages.begin(), pages.end(),
+                                 [](unsigned char page) { return (page & 1U) != 0; });
 }
 
 void sync(int fd, const std::string& path) {
@@ -308,19 +328,14 @@ void File::read_pieces(struct iovec* pieces, std::size_t count, std::uint64_t of
                       static_cast<off_t>(begin_ + offset));
     });
     if (got < 0) fail(name_);
-    if (got == 0) {
-      throw Error(
-          Failure::kTruncated,
-          "the file ended at byte " + std::to_string(begin_ + offset) + ", while it was being read",
-          name_);
-    }
+    if (got == 0) fail_at_end(name_, begin_ + offset);
     offset += static_cast<std::uint64_t>(got);
     skip_bytes(pieces, count, static_cast<std::size_t>(got));
   }
 }
 
 bool File::is_cached(std::uint64_t begin, std::uint64_t bytes) const {
-  if (file_system().is_memory) return true;
+  if (memory_ || file_system().is_memory) return true;
   // cachestat(2), since Linux 6.5; declared here as C libraries do not have it yet.
   struct {
     std::uint64_t begin, bytes;
@@ -329,14 +344,51 @@ bool File::is_cached(std::uint64_t begin, std::uint64_t bytes) const {
     std::uint64_t cached, dirty, writeback, evicted, recently_evicted;
   } pages{};
   constexpr long cachestat_number = 451;
-  if (::syscall(cachestat_number, descriptor_.get(), &range, &pages, 0) != 0) return false;
-  const std::uint64_t last = range.begin + bytes - 1;
-  return pages.cached > last / page_bytes() - range.begin / page_bytes();
+  const std::uint64_t first_page = range.begin / page_bytes();
+  const std::uint64_t page_count = (range.begin + bytes - 1) / page_bytes() - first_page + 1;
+  if (::syscall(cachestat_number, descriptor_.get(), &range, &pages, 0) == 0)
+    return pages.cached >= page_count;
+  return are_resident(descriptor_.get(), first_page, page_count);
 }
 
 void File::read_ahead(std::uint64_t begin, std::uint64_t bytes) const {
   ::posix_fadvise(descriptor_.get(), static_cast<off_t>(begin_ + begin), static_cast<off_t>(bytes),
                   POSIX_FADV_WILLNEED);
+}
+
+// ---- DirectFile ----
+
+DirectFile::DirectFile(const File& file) : name_(file.name()), begin_(file.begin()) {
+#ifdef O_DIRECT
+  if (file.memory()) return;
+  const FileSystem system = file.file_system();
+  if (system.is_memory || !system.maps_well) return;
+  // Opened anew: the flag would otherwise count for the descriptor's other users, too.
+  char path[40];
+  std::snprintf(path, sizeof path, "/proc/self/fd/%d", file.descriptor());
+  descriptor_ = Descriptor(retry([&] { return ::open(path, O_RDONLY | O_CLOEXEC | O_DIRECT); }));
+#endif
+}
+
+std::size_t DirectFile::read_at(std::byte* target, std::uint64_t bytes,
+                                std::uint64_t offset) const {
+  const std::uint64_t begin = begin_ + offset;
+  const std::uint64_t first = begin - begin % kDirectAlignBytes;
+  const std::uint64_t end = begin + bytes;
+  std::uint64_t at = first;  // how far the file has been read
+  while (at < end) {
+    const std::uint64_t left = end - at;
+    const std::uint64_t room =
+        left + (kDirectAlignBytes - left % kDirectAlignBytes) % kDirectAlignBytes;
+    const ssize_t got = retry([&] {
+      return ::pread(descriptor_.get(), target + (at - first), room, static_cast<off_t>(at));
+    });
+    if (got < 0) fail(name_);
+    at += static_cast<std::uint64_t>(got);
+    // Only the end of the file leaves a part of a block.
+    if (got == 0 || (at < end && at % kDirectAlignBytes != 0)) fail_at_end(name_, at);
+  }
+  return begin - first;
 }
 
 // ---- Memory ----
@@ -398,6 +450,15 @@ std::shared_ptr<Memory> Memory::allocate(std::uint64_t bytes) {
   if (error != 0) throw std::bad_alloc();
   if (is_large) ::madvise(address, bytes, MADV_HUGEPAGE);
   return std::shared_ptr<Memory>(new Memory(static_cast<std::byte*>(address), bytes, false));
+}
+
+std::shared_ptr<Memory> Memory::allocate_pages(std::uint64_t bytes) {
+  void* address = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (address == MAP_FAILED) throw std::bad_alloc();
+  ::madvise(address, bytes, MADV_HUGEPAGE);
+  ::madvise(address, bytes, MADV_DONTFORK);
+  return std::shared_ptr<Memory>(new Memory(static_cast<std::byte*>(address), bytes, true));
 }
 
 Memory::~Memory() {

@@ -44,6 +44,9 @@ class Descriptor {
 
 class Memory;
 
+// What offsets, lengths and addresses must be multiples of to bypass the page cache.
+constexpr std::size_t kDirectAlignBytes = 4096;
+
 // Bytes to be read at offsets, which count from `begin` in a regular file or, where that is none,
 // in memory that holds what was read of it. Thread-safe.
 class File {
@@ -78,7 +81,8 @@ class File {
   void read_run(const Piece* pieces, std::size_t count) const;
   static constexpr std::size_t kGapBytesMax = 4096;
 
-  // Whether all of [begin, begin + bytes) is known to be in the page cache. REQUIRES: bytes > 0.
+  // Whether all of [begin, begin + bytes) is known to be in the page cache, or in memory anyway.
+  // REQUIRES: bytes > 0.
   bool is_cached(std::uint64_t begin, std::uint64_t bytes) const;
 
   // Starts to bring [begin, begin + bytes) into the page cache. A hint.
@@ -97,6 +101,25 @@ class File {
   std::uint64_t bytes_ = 0;
 };
 
+// A regular file, read past the page cache: for what is not in it. Thread-safe.
+class DirectFile {
+ public:
+  // Empty where that cannot be done, or is not worth it: over networks, and in memory.
+  explicit DirectFile(const File& file);
+  explicit operator bool() const { return descriptor_.get() >= 0; }
+
+  // Fills `target` with the blocks of kDirectAlignBytes that [offset, offset + bytes) of the file
+  // lies in, and returns where in `target` `offset` is then; throws kTruncated if the file ends
+  // first, and kSystem with EINVAL where the device does not read in such blocks. REQUIRES:
+  // `target` is aligned to that and has room for the blocks.
+  std::size_t read_at(std::byte* target, std::uint64_t bytes, std::uint64_t offset) const;
+
+ private:
+  std::string name_;
+  std::uint64_t begin_;
+  Descriptor descriptor_;
+};
+
 // A run of memory that is given back when the last owner drops it. Pages of a mapped file are
 // private: writing to them changes neither the file nor other mappings.
 class Memory {
@@ -108,6 +131,10 @@ class Memory {
   // Fresh memory, aligned to 64 bytes; large runs ask for huge pages. Contents are undefined.
   // Throws std::bad_alloc, which Python knows as MemoryError.
   static std::shared_ptr<Memory> allocate(std::uint64_t bytes);
+
+  // Fresh memory in whole pages, huge ones where the system has them. Processes that are forked do
+  // not get it: a device may be using it.
+  static std::shared_ptr<Memory> allocate_pages(std::uint64_t bytes);
 
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
@@ -173,7 +200,6 @@ class AtomicFile {
   // Tries to bypass the page cache. From then on offsets, lengths and addresses given to write_at()
   // are multiples of kDirectAlignBytes. Returns whether the file system can.
   bool bypass_cache();
-  static constexpr std::size_t kDirectAlignBytes = 4096;
 
   // Thread-safe. `pieces` is used up in the process.
   void write_at(struct iovec* pieces, std::size_t count, std::uint64_t offset);

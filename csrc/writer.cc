@@ -255,7 +255,7 @@ class FileWriter {
   }
 
   std::uint64_t align_down(std::uint64_t offset) const {
-    return is_direct_ ? offset - offset % AtomicFile::kDirectAlignBytes : offset;
+    return is_direct_ ? offset - offset % kDirectAlignBytes : offset;
   }
 
   // Takes large pieces from where they are and copies the others, so that the window goes out in
@@ -299,7 +299,7 @@ class FileWriter {
     }
     for_each_piece(layout_, copied, end, add_piece, add_gap);
     if (is_direct_) {
-      const std::uint64_t aligned = align_up(copied, AtomicFile::kDirectAlignBytes);
+      const std::uint64_t aligned = align_up(copied, kDirectAlignBytes);
       std::memset(worker.slab.data() + (copied - begin), 0, aligned - copied);
       copied = aligned;
     }
@@ -329,11 +329,11 @@ class FileWriter {
     for (std::uint64_t at = align_down(begin); at < end; at += window_bytes_) {
       std::uint64_t to = std::min(at + window_bytes_, end);
       if (is_direct_)
-        to = std::min(align_up(to, AtomicFile::kDirectAlignBytes), layout_.file_bytes());
+        to = std::min(align_up(to, kDirectAlignBytes), layout_.file_bytes());
       content.gather(at, to, slab.data());
       std::uint64_t bytes = to - at;
       if (is_direct_) {
-        bytes = align_up(bytes, AtomicFile::kDirectAlignBytes);
+        bytes = align_up(bytes, kDirectAlignBytes);
         std::memset(slab.data() + (to - at), 0, bytes - (to - at));
       }
       file_.write_at(slab.data(), bytes, at);

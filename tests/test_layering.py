@@ -31,6 +31,9 @@ CPP_ALLOWED: dict[str, set[str]] = {
     "safetensors_layout": {"layout"},
     "writer": {"layout", "plan", "format", "file", "checksum", "workers"},
     "reader": {"safetensors", "torch_zip", "torch_pickle", "checksum", "workers"},
+    "cuda/driver": {"error"},
+    "cuda/ring": {"cuda/driver", "file"},
+    "cuda/upload": {"cuda/ring", "checksum", "workers"},
     "pyobject": set(),
     "json_text": set(),
     "json": {"pyobject", "json_text", "utf8"},
@@ -46,7 +49,7 @@ CPP_ALLOWED: dict[str, set[str]] = {
     "tensor": {"format", "file", "dtype", "pyobject"},
     "bindings": {
         *("fsd_layout", "zip_layout", "safetensors_layout", "writer"),
-        *("reader", "json", "nesting", "tensor", "torch_pickle"),
+        *("reader", "json", "nesting", "tensor", "torch_pickle", "cuda/upload"),
     },
 }
 # The only parts that may include pybind11.

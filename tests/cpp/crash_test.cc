@@ -173,7 +173,7 @@ TEST(crash_at_any_call_of_a_save_in_other_formats) {
 // The calls of a large save, made of a small file.
 TEST(crash_at_any_call_that_bypasses_the_cache) {
   const std::shared_ptr<Memory> memory = Memory::allocate(std::uint64_t{4} << 20U);
-  constexpr std::size_t bytes = 3 * AtomicFile::kDirectAlignBytes;
+  constexpr std::size_t bytes = 3 * kDirectAlignBytes;
   std::fill_n(memory->data(), bytes, std::byte{'d'});
   const auto save = [&](const std::string& path) {
     AtomicFile file(path);

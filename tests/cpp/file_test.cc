@@ -520,7 +520,7 @@ TEST(atomic_file_bypasses_the_cache_in_whole_blocks) {
   const Folder folder;
   const std::string path = folder.path("f");
   const std::shared_ptr<Memory> block = Memory::allocate(std::uint64_t{8} << 20U);
-  const std::size_t bytes = 3 * AtomicFile::kDirectAlignBytes;
+  const std::size_t bytes = 3 * kDirectAlignBytes;
   std::fill_n(block->data(), bytes, std::byte{'d'});
   AtomicFile file(path);
   file.reserve(bytes);

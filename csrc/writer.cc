@@ -328,8 +328,7 @@ class FileWriter {
     if (begin == end) return;
     for (std::uint64_t at = align_down(begin); at < end; at += window_bytes_) {
       std::uint64_t to = std::min(at + window_bytes_, end);
-      if (is_direct_)
-        to = std::min(align_up(to, kDirectAlignBytes), layout_.file_bytes());
+      if (is_direct_) to = std::min(align_up(to, kDirectAlignBytes), layout_.file_bytes());
       content.gather(at, to, slab.data());
       std::uint64_t bytes = to - at;
       if (is_direct_) {

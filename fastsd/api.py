@@ -24,7 +24,7 @@ from fastsd.progress import show_progress
 from fastsd.restore import needs_unpickling, restore
 from fastsd.saving import Format, Pickling, make_plan, write
 from fastsd.tensors import CPU
-from fastsd.upload import Passage, check_dtype
+from fastsd.upload import Passage
 
 PathOrFile = str | os.PathLike[str] | IO[bytes]
 Verify = Literal["structure", "checksums"]
@@ -176,18 +176,17 @@ def load(
     how = pickled.Unpickling(weights_only, pickle_module, pickle_load_args)
     how.check()
     rules = _make_rules(prefix, select, rename)
-    check_dtype(dtype)
-    with ExitStack() as stack:
-        opened = stack.enter_context(open_any(f, mmap))
+    passage = Passage(dtype, checks=verify == "checksums")
+    with open_any(f, mmap) as opened:
         if opened.source is not None:
             if dtype is not None:
-                raise UnsupportedError(
-                    "dtype cannot be had of what torch reads", path=opened.source.name
-                )
+                detail = "dtype cannot be had of what torch reads"
+                raise UnsupportedError(detail, path=opened.source.name)
             return _load_through_torch(opened.source, map_location, how, rules, verify)
-        bar = stack.enter_context(show_progress(opened.readers[0].name, is_shown=progress))
-        passage = Passage(dtype, checks=verify == "checksums", progress=bar)
-        return _load(opened.readers, map_location, how, rules, passage)
+        if not progress:
+            return _load(opened.readers, map_location, how, rules, passage)
+        with show_progress(opened.readers[0].name) as passage.progress:
+            return _load(opened.readers, map_location, how, rules, passage)
 
 
 def _load(
@@ -317,8 +316,9 @@ def load_into(
             return _fill(into, state, opened.source.name, [], Passage())
         readers = opened.readers
         _verify(readers, Passage(checks=verify == "checksums"))
-        bar = stack.enter_context(show_progress(readers[0].name, is_shown=progress))
-        passage = Passage(progress=bar)
+        passage = Passage()
+        if progress:
+            passage.progress = stack.enter_context(show_progress(readers[0].name))
         state, numbers = restore(readers, map_location, how, rules, passage)
         sources = list(zip(readers, numbers, strict=True))
         return _fill(into, state, readers[0].name, sources, passage)

@@ -14,7 +14,10 @@ Tell = Callable[[int], None]
 
 
 def make_bar(*, is_transient: bool) -> RichProgress:
-    """What is shown, not started yet, and taken away at the end if ``is_transient``. Raises ImportError where there is no rich."""
+    """What is shown, not started yet, and taken away at the end if ``is_transient``.
+
+    Raises ImportError where there is no rich.
+    """
     try:
         from rich.console import Console
         from rich.progress import (
@@ -63,10 +66,7 @@ class Progress:
 
 
 @contextmanager
-def show_progress(description: str, *, is_shown: bool) -> Iterator[Progress | None]:
-    """A bar while this lasts; None unless it is to be shown. Raises ImportError as `make_bar`."""
-    if not is_shown:
-        yield None
-        return
+def show_progress(description: str) -> Iterator[Progress]:
+    """A bar while this lasts. Raises ImportError where there is no rich."""
     with make_bar(is_transient=False) as bar:
         yield Progress(bar, description)

@@ -28,17 +28,13 @@ class Passage:
     that have been found so. ``progress``: what is told of the bytes.
     """
 
-    def __init__(
-        self,
-        dtype: torch.dtype | None = None,
-        *,
-        checks: bool = False,
-        progress: Progress | None = None,
-    ) -> None:
-        check_dtype(dtype)
+    progress: Progress | None = None
+
+    def __init__(self, dtype: torch.dtype | None = None, *, checks: bool = False) -> None:
+        if dtype is not None:
+            check_dtype(dtype)
         self.dtype = dtype
         self.checks = checks
-        self.progress = progress
         self.right: dict[_core.Reader, list[int]] = {}
         self.damaged: dict[_core.Reader, list[int]] = {}
 
@@ -58,11 +54,11 @@ def is_cast(dtype: torch.dtype) -> bool:
     return dtype in _CAST
 
 
-def check_dtype(dtype: torch.dtype | None) -> None:
+def check_dtype(dtype: torch.dtype) -> None:
     """Raises ValueError for one that nothing is cast to."""
-    if dtype is not None and dtype not in _CAST:
+    if dtype not in _CAST:
         names = ", ".join(sorted(str(known).removeprefix("torch.") for known in _CAST))
-        raise ValueError(f"dtype must be None or one of {names}, not {dtype}")
+        raise ValueError(f"dtype must be one of {names}, not {dtype}")
 
 
 class Transfer(NamedTuple):

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from same import assert_same
 from torch import nn
 
 import fastsd
 from fastsd import _core, gpu
-from same import assert_same
-from stub_gpu import stub_gpu  # noqa: F401
 
 
 def make_state():
@@ -119,7 +118,7 @@ def test_nothing_is_read_through_the_mapping(stub_gpu, tmp_path, monkeypatch):
         return allocate(sizes, device)
 
     monkeypatch.setattr(gpu, "allocate", cut)
-    with pytest.raises(fastsd.TruncatedError, match="x.fsd"):
+    with pytest.raises(fastsd.TruncatedError, match=r"x\.fsd"):
         fastsd.load(path, map_location="cuda", mmap=True)
 
 
@@ -257,7 +256,7 @@ def test_what_cannot_be_cast(stub_gpu, tmp_path):
     with pytest.raises(fastsd.UnsupportedError, match="unpickled"):
         fastsd.load(path, dtype=torch.float16, weights_only=False)
     torch.save([base], tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    with pytest.raises(fastsd.UnsupportedError, match="old.pth"):
+    with pytest.raises(fastsd.UnsupportedError, match=r"old\.pth"):
         fastsd.load(tmp_path / "old.pth", dtype=torch.float16)
 
 
@@ -431,7 +430,7 @@ def test_modules_with_code_of_their_own_get_what_they_expect(all_served, tmp_pat
 def test_a_copy_that_fails(stub_gpu, tmp_path):
     path = save_as(make_state(), tmp_path, "fsd")
     stub_gpu.set("fail_copy", 3)
-    with pytest.raises(fastsd.DeviceError, match="x.fsd: cu.*CUDA_ERROR_ILLEGAL_ADDRESS"):
+    with pytest.raises(fastsd.DeviceError, match=r"x\.fsd: cu.*CUDA_ERROR_ILLEGAL_ADDRESS"):
         fastsd.load(path, map_location="cuda")
     _core.release_pinned()
     stub_gpu.reset()

@@ -414,7 +414,7 @@ py::tuple load(const Reader& reader, bool is_ordered, bool bases_only, Numbers w
                         py::reinterpret_steal<py::dict>(loaded.bases));
 }
 
-// Those that tensors lie in which may be put elsewhere than in host memory.
+// Those that tensors lie in which may be put elsewhere than in host memory, each with its number.
 py::list list_storages(const Reader& reader, Numbers wanted) {
   const Index& index = reader.index();
   std::vector<bool> is_wanted(index.storages.size());
@@ -423,10 +423,10 @@ py::list list_storages(const Reader& reader, Numbers wanted) {
     const bool has_data = (index.storages[tensor.storage].flags & kStorageHasNoData) == 0;
     if (has_data && !is_host_only(tensor)) is_wanted[tensor.storage] = true;
   }
-  py::list numbers;
+  py::list storages;
   for (std::size_t i = 0; i < is_wanted.size(); ++i)
-    if (is_wanted[i]) numbers.append(i);
-  return numbers;
+    if (is_wanted[i]) storages.append(py::make_tuple(i, storage_record(reader, i)));
+  return storages;
 }
 
 py::dict load_keyed_storages(const Reader& reader) {

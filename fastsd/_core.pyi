@@ -253,9 +253,11 @@ class Reader(metaclass=_pybind11_type):
         elsewhere already, so that only numpy arrays in them are read. ``on_done`` is told now and
         then how many bytes have been read; what it raises ends the reading."""
 
-    def storages(self, numbers: Sequence[int] | None = None) -> list[int]:
+    def storages(
+        self, numbers: Sequence[int] | None = None
+    ) -> list[tuple[int, tuple[int, int, int | None, str, bool]]]:
         """The storages of tensors, of all or of ascending numbers, that have data and may be put
-        elsewhere than in host memory."""
+        elsewhere than in host memory: their numbers, and what `storage` tells of them."""
 
     def read(
         self,

@@ -342,8 +342,8 @@ def _count_unread(reader: _core.Reader, numbers: Sequence[int] | None, placed: P
     """How many bytes loading has yet to read."""
     if reader.is_mapped:
         return 0
-    left = set(reader.storages(numbers)) - placed.storages.keys()
-    return sum(StorageRecord(*reader.storage(number)).nbytes for number in left)
+    records = {n: StorageRecord(*record) for n, record in reader.storages(numbers)}
+    return sum(r.nbytes for n, r in records.items() if n not in placed.storages)
 
 
 def verify(readers: Sequence[_core.Reader], passage: Passage | None = None) -> Verification:

@@ -17,6 +17,7 @@ from fastsd.tensors import (
     StorageRecord,
     TensorRecord,
     dtype_of,
+    mark_place,
     view_items,
 )
 from fastsd.upload import Passage, Transfer, is_cast, moved_by, send
@@ -52,7 +53,7 @@ def place(
     Raises DeviceError, torch's errors, and UnsupportedError for memory that tensors of several
     dtypes share and that would have to be cast.
     """
-    records = {n: StorageRecord(*reader.storage(n)) for n in reader.storages(numbers)}
+    records = {n: StorageRecord(*record) for n, record in reader.storages(numbers)}
     dtypes = _find_dtypes(reader, numbers) if passage.dtype is not None else {}
     dtypes = {n: dtype for n, dtype in dtypes.items() if dtype != passage.dtype}
     places: Mapping[int, _Place] = dict.fromkeys(records, torch.device(CPU))
@@ -62,15 +63,16 @@ def place(
     moves = []
     for number, where in places.items():
         if isinstance(where, torch.UntypedStorage):
-            storages[number] = _cast_whole(where, dtypes.get(number), passage)
-        elif number in dtypes or gpu.is_accelerator(where):
+            cast = _cast_whole(where, dtypes.get(number), passage)
+            storages[number] = mark_place(cast, records[number])
+        elif number in dtypes or where.type != CPU:
             moves.append(_Move(number, records[number], where, dtypes.get(number)))
     storages.update(_carry_out(reader, moves, passage))
     if passage.dtype is None:
         return Placed(storages, {})
     # Those without data, which are on no list of the reader's, get their dtypes, too.
-    cast = [n for n in dtypes if n in storages or n not in records]
-    return Placed(storages, dict.fromkeys(cast, passage.dtype))
+    have_cast = [n for n in dtypes if n in storages or n not in records]
+    return Placed(storages, dict.fromkeys(have_cast, passage.dtype))
 
 
 _Place = torch.device | torch.UntypedStorage

@@ -298,7 +298,6 @@ def rebuild_rest(
     by_name, rest, bases = loaded
     names = dict(zip(numbers, by_name, strict=True))
     storages = dict(placed.storages)
-    restore = placed.restore
     for number in rest:
         name = names[number]
         record = TensorRecord(*reader.tensor(number))
@@ -306,21 +305,37 @@ def rebuild_rest(
         if original != name:
             by_name[name] = by_name[original]
             continue
-        stored = StorageRecord(*reader.storage(record.storage))
-        dtype = placed.dtypes.get(record.storage) or dtype_of(record.dtype)
-        if stored.has_no_data:
-            tensor = torch.empty_strided(record.shape, record.stride, dtype=dtype, device="meta")
-        elif record.flags & IS_ARRAY:
+        if record.storage not in storages or record.flags & IS_ARRAY:
+            stored = StorageRecord(*reader.storage(record.storage))
+            if stored.has_no_data:
+                dtype = placed.dtypes.get(record.storage) or dtype_of(record.dtype)
+                meta = torch.empty_strided(record.shape, record.stride, dtype=dtype, device="meta")
+                by_name[name] = apply_flags(name, meta, record.flags)
+                continue
             storage = bases[record.storage].untyped_storage()
-            with _disable_current_modes():  # arrays are never fake
-                dtype = dtype_of(record.dtype)
-                tensor = view_storage(storage, dtype, record.storage_offset, record)
-        else:
-            if record.storage not in storages:
-                storage = bases[record.storage].untyped_storage()
-                storages[record.storage] = restore(storage, stored.device) if restore else storage
-            storage = storages[record.storage]
-            if storage.device.type == "meta":
-                storage._checkpoint_offset = stored.offset  # as torch.load does
-            tensor = view_storage(storage, dtype, record.storage_offset, record)
+            if record.flags & IS_ARRAY:
+                by_name[name] = _view_array(storage, record)
+                continue
+            storages[record.storage] = _restore(storage, stored, placed.restore)
+        storage = storages[record.storage]
+        dtype = placed.dtypes.get(record.storage) or dtype_of(record.dtype)
+        tensor = view_storage(storage, dtype, record.storage_offset, record)
         by_name[name] = apply_flags(name, tensor, record.flags)
+
+
+def _view_array(storage: torch.UntypedStorage, record: TensorRecord) -> torch.Tensor:
+    with _disable_current_modes():  # arrays are never fake
+        return view_storage(storage, dtype_of(record.dtype), record.storage_offset, record)
+
+
+def _restore(
+    storage: torch.UntypedStorage, record: StorageRecord, restore: Restore | None
+) -> torch.UntypedStorage:
+    return storage if restore is None else mark_place(restore(storage, record.device), record)
+
+
+def mark_place(storage: torch.UntypedStorage, record: StorageRecord) -> torch.UntypedStorage:
+    """The storage, which says where its bytes are if it has none, as torch.load has it."""
+    if storage.device.type == "meta":
+        storage._checkpoint_offset = record.offset
+    return storage

@@ -77,22 +77,23 @@ def send(reader: _core.Reader, transfers: Sequence[Transfer], passage: Passage) 
     Returns when all is there: if `Passage.checks`, and all goes to devices that the core serves,
     the transfers' checksums, otherwise nothing. Raises DeviceError, TruncatedError and OSError.
     """
-    served = [t for t in transfers if gpu.is_served(t.device)]
-    host = [t for t in transfers if t.device.type == CPU]
-    others = [t for t in transfers if gpu.is_accelerator(t.device) and not gpu.is_served(t.device)]
+    devices = {transfer.device for transfer in transfers}
+    served = {device: gpu.ordinal_of(device) for device in devices if gpu.is_served(device)}
+    straight = [t for t in transfers if t.device in served]
     checksums: list[int] = []
-    if served:
-        ordinals = {t.device: gpu.ordinal_of(t.device) for t in served}
-        streams = [(ordinals[device], gpu.current_stream(device)) for device in ordinals]
-        uploads = [(t.offset, t.nbytes, ordinals[t.device], _address(t)) for t in served]
-        with passage.step(sum(t.nbytes for t in served)) as tell:
+    if straight:
+        streams = [(ordinal, gpu.current_stream(device)) for device, ordinal in served.items()]
+        uploads = [(t.offset, t.nbytes, served[t.device], _address(t)) for t in straight]
+        with passage.step(sum(t.nbytes for t in straight)) as tell:
             checksums = reader.upload(uploads, streams, passage.checks, tell)
-    if host:
-        with passage.step(sum(t.nbytes for t in host)) as tell:
-            reader.read([(t.offset, t.nbytes, _address(t)) for t in host], tell)
-    if others:
-        _send_through_torch(reader, others, passage)
-    return checksums if passage.checks and len(served) == len(transfers) else []
+    for device in devices - served.keys():
+        own = [t for t in transfers if t.device == device]
+        if device.type == CPU:
+            with passage.step(sum(t.nbytes for t in own)) as tell:
+                reader.read([(t.offset, t.nbytes, _address(t)) for t in own], tell)
+        elif gpu.is_accelerator(device):
+            _send_through_torch(reader, own, passage)
+    return checksums if passage.checks and len(straight) == len(transfers) else []
 
 
 def _address(transfer: Transfer) -> int:

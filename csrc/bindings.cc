@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "checksum.h"
+#include "cuda/direct_storage.h"
 #include "cuda/driver.h"
 #include "cuda/ring.h"
 #include "cuda/upload.h"
@@ -515,7 +516,7 @@ using GpuTransfer = std::tuple<std::uint64_t, std::uint64_t, int, cuda::Address>
 
 std::vector<std::uint32_t> upload_transfers(
     const Reader& reader, const std::vector<GpuTransfer>& transfers,
-    const std::vector<std::pair<int, std::uintptr_t>>& streams, bool checksums,
+    const std::vector<std::pair<int, std::uintptr_t>>& streams, bool checksums, bool direct_storage,
     const py::object& on_done) {
   std::vector<cuda::Transfer> uploads;
   uploads.reserve(transfers.size());
@@ -533,6 +534,7 @@ std::vector<std::uint32_t> upload_transfers(
   }
   if (checksums) options.checksum = &reader.checksum();
   options.done = &done;
+  options.direct_storage = direct_storage;
   const Interrupt poll = check_signals_and_tell(on_done, done);
   const py::gil_scoped_release no_gil;
   return cuda::upload(reader.file(), uploads, options, poll);
@@ -784,7 +786,8 @@ void register_reader(py::module_& module) {
       .def("storages", &list_storages, py::arg("numbers") = py::none())
       .def("read", &read_transfers, py::arg("transfers"), py::arg("on_done") = py::none())
       .def("upload", &upload_transfers, py::arg("transfers"), py::arg("streams"),
-           py::arg("checksums") = false, py::arg("on_done") = py::none())
+           py::arg("checksums") = false, py::arg("direct_storage") = false,
+           py::arg("on_done") = py::none())
       .def("load_storages", &load_keyed_storages)
       .def("storage_places", &storage_places)
       .def("base", &load_base, py::arg("storage"), py::arg("begin"), py::arg("end"))
@@ -798,6 +801,7 @@ void register_reader(py::module_& module) {
 
 void register_cuda(py::module_& module) {
   module.def("set_cuda_library", &cuda::Driver::set_library, py::arg("path"));
+  module.def("open_direct_storage", [] { cuda::DirectStorage::open(); });
   module.def("cuda_version", [] { return cuda::Driver::open()->version(); });
   module.def("cuda_device_count", [] { return cuda::Driver::open()->device_count(); });
   module.def(

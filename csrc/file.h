@@ -114,6 +114,10 @@ class DirectFile {
   // `target` is aligned to that and has room for the blocks.
   std::size_t read_at(std::byte* target, std::uint64_t bytes, std::uint64_t offset) const;
 
+  const std::string& name() const { return name_; }
+  std::uint64_t begin() const { return begin_; }
+  int descriptor() const { return descriptor_.get(); }
+
  private:
   std::string name_;
   std::uint64_t begin_;

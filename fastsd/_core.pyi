@@ -271,6 +271,7 @@ class Reader(metaclass=_pybind11_type):
         transfers: Sequence[tuple[int, int, int, int]],
         streams: Sequence[tuple[int, int]],
         checksums: bool = False,
+        direct_storage: bool = False,
         on_done: Callable[[int], object] | None = None,
     ) -> list[int]:
         """Copies (offset in the file, bytes, GPU, address in its memory), which ascend, through
@@ -300,6 +301,9 @@ def set_cuda_library(path: str) -> None:
 def cuda_version() -> int:
     """13000 for CUDA 13.0, as the driver has it. Raises UnsupportedError with the reason where
     there is no driver that can be used, or no GPU."""
+
+def open_direct_storage() -> None:
+    """Raises UnsupportedError with the reason where GPUDirect Storage is off."""
 
 def cuda_device_count() -> int: ...
 def set_pinned_bytes_max(bytes: int) -> None:

@@ -17,6 +17,7 @@ from fastsd.errors import UnsupportedError
 from fastsd.tensors import CPU
 
 _PINNED_VARIABLE = "FASTSD_PINNED_BYTES"
+_STORAGE_VARIABLE = "FASTSD_GPUDIRECT_STORAGE"
 
 # torch's caching allocator, CUDACachingAllocator.cpp: sizes are multiples of the first; up to the
 # second they come from segments of 2 MiB, above it from what is left of larger ones.
@@ -98,6 +99,22 @@ def release_pinned_memory() -> None:
     _core.release_pinned()
 
 
+def wants_direct_storage() -> bool:
+    """Whether files that are not in the page cache are to be read by GPUDirect Storage, where it is
+    real: the environment variable FASTSD_GPUDIRECT_STORAGE is 1."""
+    return os.getenv(_STORAGE_VARIABLE) == "1"
+
+
+def _describe_direct_storage() -> str:
+    if not wants_direct_storage():
+        return f"off: {_STORAGE_VARIABLE} is not 1"
+    try:
+        _core.open_direct_storage()
+    except UnsupportedError as error:
+        return error.detail
+    return "on"
+
+
 def describe() -> dict[str, str]:
     """What copies to and from GPUs go through here, in words."""
     obstacle = find_obstacle()
@@ -107,6 +124,7 @@ def describe() -> dict[str, str]:
     return {
         "CUDA driver": f"{version // 1000}.{version % 1000 // 10}",
         "pinned memory": f"{_core.pinned_bytes() >> 20} of {_core.pinned_bytes_max() >> 20} MiB",
+        "GPUDirect Storage": _describe_direct_storage(),
     }
 
 

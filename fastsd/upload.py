@@ -85,7 +85,9 @@ def send(reader: _core.Reader, transfers: Sequence[Transfer], passage: Passage) 
         streams = [(ordinal, gpu.current_stream(device)) for device, ordinal in served.items()]
         uploads = [(t.offset, t.nbytes, served[t.device], _address(t)) for t in straight]
         with passage.step(sum(t.nbytes for t in straight)) as tell:
-            checksums = reader.upload(uploads, streams, passage.checks, tell)
+            checksums = reader.upload(
+                uploads, streams, passage.checks, gpu.wants_direct_storage(), tell
+            )
     for device in devices - served.keys():
         own = [t for t in transfers if t.device == device]
         if device.type == CPU:

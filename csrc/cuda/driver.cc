@@ -115,24 +115,18 @@ void Driver::check(int result, const char* function) const {
   throw Error(Failure::kDevice, detail);
 }
 
+// ---- Current ----
+
+Current::Current(const Gpu& gpu) : functions_(gpu.functions()) {
+  gpu.driver().check(functions_.push_context(gpu.context_), "cuCtxPushCurrent");
+}
+
+Current::~Current() {
+  ContextHandle popped = nullptr;
+  functions_.pop_context(&popped);
+}
+
 // ---- Gpu ----
-
-// Makes a GPU's context that of the calling thread, and then the one again that was there before.
-class Current {
- public:
-  explicit Current(const Gpu& gpu) : functions_(gpu.driver().functions()) {
-    gpu.driver().check(functions_.push_context(gpu.context_), "cuCtxPushCurrent");
-  }
-  Current(const Current&) = delete;
-  Current& operator=(const Current&) = delete;
-  ~Current() {
-    ContextHandle popped = nullptr;
-    functions_.pop_context(&popped);
-  }
-
- private:
-  const DriverFunctions& functions_;
-};
 
 Gpu::Gpu(std::shared_ptr<const Driver> driver, int ordinal)
     : driver_(std::move(driver)), ordinal_(ordinal) {

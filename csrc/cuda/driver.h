@@ -96,6 +96,18 @@ class Gpu {
   ContextHandle context_ = nullptr;
 };
 
+// Makes a GPU's context that of the calling thread, and then the one again that was there before.
+class Current {
+ public:
+  explicit Current(const Gpu& gpu);
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
+  ~Current();
+
+ private:
+  const DriverFunctions& functions_;
+};
+
 // A point in a stream's work. Movable; thread-safe as far as it is const.
 class Event {
  public:

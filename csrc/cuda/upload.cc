@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 
+#include "cuda/direct_storage.h"
 #include "cuda/ring.h"
 #include "error.h"
 
@@ -59,6 +60,7 @@ class Upload {
   std::vector<std::uint32_t> run(const Interrupt& interrupt) {
     Ring& ring = Ring::shared();
     try {
+      if (options_.direct_storage) open_direct_storage();
       run_parallel(steps_.size(), thread_count(), interrupt,
                    [&](std::size_t, std::size_t i) { do_step(ring, steps_[i]); });
       for (const auto& stream : streams_) stream.second->synchronize();
@@ -102,6 +104,17 @@ class Upload {
     }
   }
 
+  // It waits for no stream, and its bytes are never seen here.
+  void open_direct_storage() {
+    if (!direct_ || options_.checksum != nullptr) return;
+    try {
+      direct_storage_.emplace(DirectStorage::open(), direct_);
+    } catch (const Error&) {
+      return;  // not real, or not for this file
+    }
+    for (const auto& stream : streams_) stream.second->synchronize();
+  }
+
   std::size_t thread_count() {
     if (steps_.empty()) return 1;
     const std::uint64_t begin = steps_.front().begin;
@@ -111,6 +124,18 @@ class Upload {
   }
 
   void do_step(Ring& ring, const Step& step) {
+    if (direct_storage_ && is_cold(step)) {
+      for (std::size_t i = step.first_piece; i < step.first_piece + step.piece_count; ++i) {
+        const Piece& piece = pieces_[i];
+        direct_storage_->read_at(*gpus_.at(step.gpu), piece.target, piece.bytes, piece.offset);
+      }
+    } else {
+      do_step_through_ring(ring, step);
+    }
+    if (options_.done != nullptr) *options_.done += step.end - step.begin;
+  }
+
+  void do_step_through_ring(Ring& ring, const Step& step) {
     Slab slab = ring.take();
     std::size_t skipped = 0;
     try {
@@ -127,7 +152,6 @@ class Upload {
       throw;
     }
     copy(ring, step, std::move(slab), skipped);
-    if (options_.done != nullptr) *options_.done += step.end - step.begin;
   }
 
   void copy(Ring& ring, const Step& step, Slab slab, std::size_t skipped) {
@@ -157,10 +181,14 @@ class Upload {
     }
   }
 
+  bool is_cold(const Step& step) const {
+    return !is_cached_ && !file_.is_cached(step.begin, step.end - step.begin);
+  }
+
   // Returns where in the slab the step begins.
   std::size_t read(const Step& step, std::byte* target) {
     const std::uint64_t bytes = step.end - step.begin;
-    if (direct_ && !is_refused_ && !is_cached_ && !file_.is_cached(step.begin, bytes)) {
+    if (direct_ && !is_refused_ && is_cold(step)) {
       try {
         return direct_.read_at(target, bytes, step.begin);
       } catch (const Error& error) {
@@ -185,6 +213,7 @@ class Upload {
 
   const File& file_;
   DirectFile direct_;
+  std::optional<DirectStorageFile> direct_storage_;
   const UploadOptions& options_;
   std::uint64_t total_ = 0;
   std::vector<Piece> pieces_;

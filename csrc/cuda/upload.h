@@ -29,6 +29,7 @@ struct UploadOptions {
   std::vector<std::pair<int, StreamHandle>> streams;
   const Checksum* checksum = nullptr;          // of each transfer's bytes, as they pass
   std::atomic<std::uint64_t>* done = nullptr;  // counts bytes
+  bool direct_storage = false;  // for what is not in the page cache, where it is real
 };
 
 // Fills all targets, and returns when all are filled: the bytes' checksums, if that is asked for.

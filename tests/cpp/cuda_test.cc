@@ -17,6 +17,7 @@
 
 #include "check.h"
 #include "checksum.h"
+#include "cuda/direct_storage.h"
 #include "cuda/driver.h"
 #include "cuda/ring.h"
 #include "cuda/upload.h"
@@ -255,6 +256,64 @@ TEST(cuda_upload_without_memory_to_pin) {
   upload(sample.file(), transfers, to_gpus(), {});
   CHECK(sample.has(transfers));
   CHECK(stub.get("unpinned_copies") > 0 && stub.get("pinned_peak") == 0);
+}
+
+// ---- GPUDirect Storage ----
+
+// While this lives, the stub's.
+struct StubStorage {
+  StubStorage() { DirectStorage::set_library(FASTSD_STUB_CUDA, "/proc/self/exe"); }
+  ~StubStorage() { DirectStorage::set_library("", ""); }
+};
+
+TEST(cuda_direct_storage_that_is_not_real_says_so) {
+  CHECK_THROWS(DirectStorage("libc.so.6", "/no/such/module"), Failure::kUnsupported);
+  CHECK_THROWS(DirectStorage("no-such-library.so", "/proc/self/exe"), Failure::kUnsupported);
+  CHECK_THROWS(DirectStorage("libc.so.6", "/proc/self/exe"), Failure::kUnsupported);
+}
+
+TEST(cuda_direct_storage_reads_what_is_not_cached) {
+  Stub stub;
+  const StubStorage storage;
+  UploadOptions options = to_gpus(2);
+  options.direct_storage = true;
+  Sample sample(30 * kMiB);
+  const std::vector<Transfer> transfers = {sample.transfer(5, 10 * kMiB),
+                                           sample.transfer(11 * kMiB, 19 * kMiB, 1)};
+  upload(sample.file(), transfers, options, {});  // it has just been written
+  CHECK(sample.has(transfers) && stub.get("direct_reads") == 0);
+  forget_cached(sample.folder.path("file"));
+  std::fill(sample.target.begin(), sample.target.end(), std::byte{0xEE});
+  stub.write_late(0, sample.target.data() + 5, 0x55, 10 * kMiB);  // comes first
+  upload(sample.file(), transfers, options, {});
+  CHECK(sample.has(transfers) && stub.get("direct_reads") > 0);
+  CHECK(stub.get("files") == 0 && stub.get("misuses") == 0 && stub.get("streams") == 0);
+}
+
+TEST(cuda_direct_storage_refused_for_a_file) {
+  Stub stub;
+  const StubStorage storage;
+  stub.set("fail_file", 1);
+  UploadOptions options = to_gpus();
+  options.direct_storage = true;
+  Sample sample(3 * kMiB);
+  forget_cached(sample.folder.path("file"));
+  const std::vector<Transfer> transfers = {sample.transfer(0, 3 * kMiB)};
+  upload(sample.file(), transfers, options, {});
+  CHECK(sample.has(transfers) && stub.get("direct_reads") == 0);
+}
+
+TEST(cuda_direct_storage_of_a_file_that_becomes_shorter) {
+  Stub stub;
+  const StubStorage storage;
+  UploadOptions options = to_gpus();
+  options.direct_storage = true;
+  Sample sample(20 * kMiB);
+  const File file = sample.file();
+  forget_cached(sample.folder.path("file"));
+  std::filesystem::resize_file(sample.folder.path("file"), 13 * kMiB);
+  CHECK_THROWS(upload(file, {sample.transfer(0, 20 * kMiB)}, options, {}), Failure::kTruncated);
+  CHECK(stub.get("files") == 0 && stub.get("streams") == 0);
 }
 
 // ---- Failures ----

@@ -19,7 +19,8 @@ void stub_set(const char* setting, long value);
 //   copies, bytes         that have been carried out
 //   unpinned_copies       of these, from or to memory that is not pinned
 //   pinned, pinned_peak   bytes now, and at most
-//   streams, events, contexts    that are alive
+//   streams, events, contexts, files    that are alive
+//   direct_reads          from files straight to GPUs
 //   misuses               calls without a context, or with handles that are none
 long stub_get(const char* count);
 

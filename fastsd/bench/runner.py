@@ -19,7 +19,7 @@ from fastsd.bench.results import Document, Limit, ModelInfo, Result, Times, find
 
 CACHES = ("warm", "cold")
 # What a process may take beyond its share of the time before it is given up.
-_GRACE_SECONDS = 120.0
+_GRACE_SECONDS = 60.0
 _NO_TIME = "the time was over"
 
 

@@ -19,14 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
 SITE, PEERS, RUN = BUILD / "site", BUILD / "peers", BUILD / "run"
 RESULTS = ROOT / "benchmarks" / "results"
+REHEARSALS = ROOT / "benchmarks" / ".work" / "partial"  # ignored by git
 # Everything ends after this, with a reserve: what one hung process may take over its time.
 WHOLE_SECONDS, RESERVE_SECONDS = 520, 60
 TEST_SECONDS = 90
 # Beside those marked gpu: what moves tensors between devices, or looks where they are.
 DEVICE_FILES = ("test_load.py", "test_load_into.py", "test_save.py", "test_into_torch.py")
 DEVICE_TESTS = "gpu or cuda or device or location"
-GPU_OPTIONS = ("--size", "100MB,8GB", "--device", "cuda", "--repeat", "7")
-CPU_OPTIONS = ("--size", "5MB,20MB", "--device", "cpu", "--repeat", "3")
+GPU_OPTIONS = ("--size", "8GB,100MB", "--device", "cuda", "--repeat", "7")
+CPU_OPTIONS = ("--size", "20MB,5MB", "--device", "cpu", "--repeat", "3")
 HAS_GPU = "import sys, torch; sys.exit(not torch.cuda.is_available())"
 
 
@@ -89,18 +90,19 @@ def test() -> int:
     return first or second
 
 
-def measure(options: tuple[str, ...], seconds: float) -> int:
+def measure(options: tuple[str, ...], seconds: float, results: Path) -> int:
     """Measure and keep the results; return the status of `fastsd bench`."""
-    outputs = ["--output", RESULTS / "gpu.json", "--output", RESULTS / "gpu.md"]
+    results.mkdir(parents=True, exist_ok=True)
+    outputs = ["--output", results / "gpu.json", "--output", results / "gpu.md"]
     command = [sys.executable, "-m", "fastsd", "bench", "--save", "--progress", *options, *outputs]
     limit = ["--seconds", str(max(30, int(seconds))), "--work", RUN]
     return run(*command, *limit, seconds=seconds + RESERVE_SECONDS)
 
 
-def has_failed() -> bool:
+def has_failed(results: Path) -> bool:
     """Tell whether fastsd itself failed in the results; others may, and are named there."""
-    results = json.loads((RESULTS / "gpu.json").read_text())["results"]
-    ours = [result for result in results if result["contender"] == "fastsd"]
+    found = json.loads((results / "gpu.json").read_text())["results"]
+    ours = [result for result in found if result["contender"] == "fastsd"]
     return any(result["status"] == "failed" for result in ours)
 
 
@@ -119,16 +121,19 @@ def main() -> int:
     tested = test()
     print(f"tested after {time.monotonic() - start:.0f} s", flush=True)
     left = WHOLE_SECONDS - RESERVE_SECONDS - (time.monotonic() - start)
-    measured = measure(GPU_OPTIONS, left) if is_gpu else measure(CPU_OPTIONS, min(left, 90))
+    if is_gpu:
+        results, measured = RESULTS, measure(GPU_OPTIONS, left, RESULTS)
+    else:
+        results, measured = REHEARSALS, measure(CPU_OPTIONS, min(left, 90), REHEARSALS)
     print(f"measured after {time.monotonic() - start:.0f} s", flush=True)
     if measured not in (0, 1):
         return measured
     if options.out:
         Path(options.out).mkdir(parents=True, exist_ok=True)
-        for path in (RESULTS / "gpu.json", RESULTS / "gpu.md"):
-            shutil.copy(path, options.out)
+        for name in ("gpu.json", "gpu.md"):
+            shutil.copy(results / name, options.out)
     # 5: there was no such test.
-    return int(tested not in (0, 5) or has_failed())
+    return int(tested not in (0, 5) or has_failed(results))
 
 
 if __name__ == "__main__":

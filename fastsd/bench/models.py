@@ -19,6 +19,7 @@ from fastsd.api import save
 from fastsd.bench.cache import sync_file
 from fastsd.bench.machine import file_system
 from fastsd.bench.process import ChildError, run_child
+from fastsd.bench.results import format_size
 from fastsd.convert import convert, size_of
 from fastsd.errors import FastsdError
 from fastsd.saving import Format
@@ -128,7 +129,7 @@ def _make_model(source: Path | Synthetic, folder: Path, formats: set[str]) -> Mo
 
 def _name_synthetic(source: Synthetic) -> str:
     dtype = str(source.dtype).removeprefix("torch.")
-    return f"synthetic {source.nbytes / 1e9:.3g} GB, {source.tensors} x {dtype}"
+    return f"synthetic {format_size(source.nbytes)}, {source.tensors} x {dtype}"
 
 
 def make_state(source: Synthetic) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from fastsd.bench.child import main
 main({task!r}, {descriptor})
 """
 _END_SECONDS = 5.0
-_STOPPED = "stopped after {:.0f} s without an end"
+_STOPPED = "stopped after {:.3g} s without an end"
 
 
 class ChildError(Exception):

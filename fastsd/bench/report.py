@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from fastsd.bench.results import Document, ModelInfo, Result, Times
+from fastsd.bench.results import Document, ModelInfo, Result, Times, format_size
 
 NUMBERS = ("first", "call", "p50", "p90", "p99", "GB/s", "of limit")
 _LOADS = ("contender", "format", "device", "cache", *NUMBERS, "limit", "notes")
@@ -89,10 +89,8 @@ def _escape(text: str) -> str:
 
 
 def _describe(model: ModelInfo) -> str:
-    size = f"{model.nbytes / 1e9:.3g} GB" if model.nbytes >= 1e9 else f"{model.nbytes / 1e6:.3g} MB"
-    return (
-        f"{model.tensors:,} tensors, {size}, {' and '.join(model.dtypes)}, on {model.file_system}"
-    )
+    what = f"{model.tensors:,} tensors, {format_size(model.nbytes)}, {' and '.join(model.dtypes)}"
+    return f"{what}, on {model.file_system}"
 
 
 def _list_load(result: Result) -> list[str]:

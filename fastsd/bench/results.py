@@ -102,6 +102,11 @@ class Document:
         return any(result.status == "failed" for result in self.results)
 
 
+def format_size(nbytes: int) -> str:
+    """ "50 MB", "8 GB": three digits, and powers of 1000."""
+    return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
+
+
 def find_limit(
     limits: Sequence[Limit], work: str, device: str, cache: str, is_dropped: bool
 ) -> Limit | None:

@@ -61,6 +61,7 @@ class _Clock:
     def __init__(self, seconds: float | None) -> None:
         self._start = time.monotonic()
         self._seconds = seconds
+        self._overhead = 0.0
 
     @property
     def elapsed(self) -> float:
@@ -71,8 +72,14 @@ class _Clock:
         return math.inf if self._seconds is None else self._seconds - self.elapsed
 
     def share(self, tasks: int) -> float | None:
-        """Seconds for the next of so many, or None for as many as it takes."""
-        return None if self._seconds is None else max(0.0, self.left) / tasks
+        """Seconds of loads for the next of so many processes, or None for as many as it takes."""
+        if self._seconds is None:
+            return None
+        return max(0.0, self.left / tasks - self._overhead)
+
+    def note(self, whole: float, loads: float) -> None:
+        """Learns what a process takes beside its loads: it starts, imports, and drops caches."""
+        self._overhead = (self._overhead + whole - loads) / 2 if self._overhead else whole - loads
 
 
 def run(
@@ -152,8 +159,7 @@ def _measure_all(
             cache = f", {task.cache}" if task.cache else ""
             what = f"{task.work} {task.contender.key}, {task.device}{cache}"
             say(f"{done + 1} of {todo}: {task.model.name}: {what}")
-            share = clock.share(todo - done)
-            yield _measure(task, limits[task.model.name], settings.repeat, share)
+            yield _measure(task, limits[task.model.name], settings.repeat, clock, todo - done)
             done += 1
 
 
@@ -163,14 +169,19 @@ def _make_result(task: _Task, *, reason: str = "", **rest: Any) -> Result:
     return Result(*who, task.device, task.cache, reason=reason, **rest)  # type: ignore[arg-type]
 
 
-def _measure(task: _Task, limits: Sequence[Limit], repeat: int, seconds: float | None) -> Result:
-    """Starts the process, and makes a result of what it tells."""
-    samples: list[dict[str, Any]] = []
+def _measure(
+    task: _Task, limits: Sequence[Limit], repeat: int, clock: _Clock, tasks: int
+) -> Result:
+    """Starts the process, and makes a result of what it tells; it is the next of ``tasks``."""
+    seconds = clock.share(tasks)
     timeout = None if seconds is None else seconds + _GRACE_SECONDS
+    samples: list[dict[str, Any]] = []
+    start = time.monotonic()
     try:
         samples.extend(run_child(_describe_task(task, repeat, seconds), timeout))
     except ChildError as error:
         return _make_result(task, status="failed", reason=str(error), rounds=len(samples))
+    clock.note(time.monotonic() - start, sum(sample["ready"] for sample in samples))
     return _summarize(task, samples, limits, repeat)
 
 

@@ -373,7 +373,7 @@ def test_a_child_that_fails_or_dies_says_how(child_code, code, complaint):
 def test_a_child_that_hangs_is_ended(child_code):
     child_code("time.sleep(60)")
     start = time.monotonic()
-    with pytest.raises(process.ChildError, match="stopped after 0.5 s without an end"):
+    with pytest.raises(process.ChildError, match=r"stopped after 0\.5 s without an end"):
         list(process.run_child({}, 0.5))
     assert time.monotonic() - start < 10
 
@@ -591,6 +591,14 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_done(command
     code, _, err = command("--plot", "x.png")
     assert code == 2
     assert "pip install 'fastsd[bench]'" in err
+
+
+def test_a_terminal_without_rich_is_refused_before_anything_is_done(command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.table", None)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    code, _, err = command("--size", "1MB")
+    assert code == 2
+    assert "tables on a terminal need rich" in err
 
 
 def test_results_go_to_stdout_and_to_files(command, tmp_path, fake):

@@ -7,6 +7,8 @@ import mmap
 import os
 from pathlib import Path
 
+import numpy as np
+
 # Pages that the system reads ahead or holds for a moment longer do not make a file warm.
 _STAYS_MAX = 0.01
 
@@ -22,7 +24,9 @@ def sync_file(path: Path) -> None:
 
 
 def warm_file(path: Path, chunk_bytes: int = 16 << 20) -> None:
-    """Brings a file into the page cache."""
+    """Brings a file into the page cache, unless all of it is there."""
+    if find_resident(path) == 1.0:
+        return
     buffer = bytearray(chunk_bytes)
     with path.open("rb", buffering=0) as file:
         while file.readinto(buffer):
@@ -54,15 +58,15 @@ def find_resident(path: Path) -> float | None:
     with path.open("rb") as file:
         # Private and writable: ctypes gives addresses of writable memory only.
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    pages = -(-len(memory) // mmap.PAGESIZE)
-    flags = (ctypes.c_ubyte * pages)()
+    flags = np.empty(-(-len(memory) // mmap.PAGESIZE), np.uint8)
     start = ctypes.c_ubyte.from_buffer(memory)
     try:
         size = ctypes.c_size_t(len(memory))
-        failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(start)), size, flags)
+        address = ctypes.c_void_p(ctypes.addressof(start))
+        failed = ctypes.CDLL(None).mincore(address, size, ctypes.c_void_p(flags.ctypes.data))
     finally:
         del start  # nobody may point into it when it is closed
         memory.close()
     if failed:
         return None
-    return sum(flag & 1 for flag in bytes(flags)) / pages
+    return float((flags & 1).mean())

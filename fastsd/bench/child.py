@@ -160,7 +160,7 @@ def save(
             who.save(state, path)
             yield {"ready": time.perf_counter() - begin}
             if index == 0:
-                _check(who.load(path, "cpu"), reference)
+                _check(fastsd_load(path, map_location="cpu"), reference)
             start_afresh(trim=False)
             if index and _is_over(start, index + 1, seconds):
                 return

@@ -108,6 +108,8 @@ def run_command(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises what can be known before anything is measured."""
+    if not args.json:
+        terminal.check_tables()
     for path in args.paths:
         path.stat()
     if args.plot is not None and find_spec("matplotlib") is None:

@@ -97,6 +97,12 @@ def test_a_bus_slower_than_the_disk_binds_cold_loads():
     assert find_limit(limits, "load", "cuda:0", "cold", True).name == "H2D cuda:0"
 
 
+def test_the_faster_way_from_the_disk_binds_cold_loads():
+    limits = (*LIMITS, Limit("readahead", "", 7.0))
+    assert find_limit(limits, "load", "cpu", "cold", True).name == "readahead"
+    assert find_limit(limits, "load", "cpu", "warm", True).name == "map"
+
+
 def test_a_limit_that_was_not_found_binds_nothing():
     limits = (*LIMITS[:-1], Limit("direct", "not on this file system", None))
     assert find_limit(limits, "load", "cpu", "cold", True) is None
@@ -214,14 +220,14 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatc
         free = 1000
 
     monkeypatch.setattr(models.shutil, "disk_usage", lambda path: Usage)
-    with pytest.raises(models.Lack, match="are needed for the weights in every format"):
+    with pytest.raises(OSError, match="are needed for the weights in every format"):
         run([Synthetic(10_000)], Settings(("cpu",)), tmp_path)
     assert os.listdir(tmp_path) == []
 
 
 def test_weights_that_safetensors_cannot_hold_are_refused(tmp_path):
     torch.save({"a": {"b": [1, 2]}}, tmp_path / "x.pth")
-    with pytest.raises((models.Lack, fastsd.FastsdError)):
+    with pytest.raises(fastsd.UnsupportedError):
         run([tmp_path / "x.pth"], Settings(("cpu",)), tmp_path)
     assert os.listdir(tmp_path) == ["x.pth"]
 
@@ -313,7 +319,7 @@ def test_limits_are_measured(tmp_path):
     path = write_pages(tmp_path / "x", 600)
     task = {"path": str(path), "devices": ["cpu"], "scratch": str(tmp_path / "limit")}
     found = {limit["name"]: limit["gb_per_s"] for limit in child.measure_limits(**task)}
-    assert set(found) == {"memcpy", "pread", "map", "write", "direct"}
+    assert set(found) == {"memcpy", "pread", "map", "write", "direct", "readahead"}
     assert all(found[name] > 0 for name in ("memcpy", "pread", "map", "write"))
     assert os.listdir(tmp_path) == ["x"]
 

@@ -5,14 +5,13 @@ measurement is a process of its own.
 """
 
 from fastsd.bench.contenders import CONTENDERS, find_contenders
-from fastsd.bench.models import Lack, Synthetic
+from fastsd.bench.models import Synthetic
 from fastsd.bench.results import Document, Limit, Result
 from fastsd.bench.runner import Settings, run
 
 __all__ = [
     "CONTENDERS",
     "Document",
-    "Lack",
     "Limit",
     "Result",
     "Settings",

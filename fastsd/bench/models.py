@@ -35,10 +35,6 @@ _SUFFIXES = {
 _NOISE_BYTES = 16 << 20
 
 
-class Lack(Exception):
-    """There is not enough of what a run needs, or a file that cannot be measured."""
-
-
 @dataclass(frozen=True)
 class Synthetic:
     """Made-up weights: about the shapes of a decoder, exactly ``nbytes`` up to one element."""
@@ -77,8 +73,8 @@ def open_models(
 ) -> Iterator[list[Model]]:
     """Makes the files of all models, in scratch folders that are gone afterwards.
 
-    Folders are made in ``work``, or beside each given file, or here. Raises Lack where there is too
-    little room, and OSError and FastsdError for files that cannot be read.
+    Folders are made in ``work``, or beside each given file, or here. Raises OSError, for too little
+    room, too, and what `convert` raises for files that hold no weights.
     """
     scratch: list[Path] = []
     try:
@@ -101,10 +97,11 @@ def _check_room(parent: Path, source: Path | Synthetic, formats: set[str]) -> No
     size = source.nbytes if isinstance(source, Synthetic) else size_of(str(source))
     need, free = size * (len(formats | {"fsd"}) + 1), shutil.disk_usage(parent).free
     if need > free:
-        raise Lack(
-            f"{parent} has {free / 1e9:.1f} GB free, and {need / 1e9:.1f} GB are needed for the "
-            "weights in every format; --work names another place, --contenders leaves formats out"
+        detail = (
+            f"{format_size(free)} are free, and {format_size(need)} are needed for the weights in "
+            "every format: name another place, or fewer contenders"
         )
+        raise OSError(errno.ENOSPC, detail, str(parent))
 
 
 def _make_model(source: Path | Synthetic, folder: Path, formats: set[str]) -> Model:
@@ -187,10 +184,7 @@ def _find_weights(source: Path, model: Model) -> Path:
     given = _SUFFIXES.get(source.suffix)
     if given != "safetensors":
         path = model.folder / "model.safetensors"
-        try:
-            report = convert(source, path)
-        except FastsdError as error:
-            raise Lack(f"{source} holds no weights that every format can: {error}") from error
+        report = convert(source, path)
         model.files["safetensors"] = path
         if report.picked is not None or report.dropped:
             part = repr(report.picked) if report.picked else "what every format can hold"
@@ -207,6 +201,8 @@ def _convert(model: Model, source: Path, format: Format) -> None:
     try:
         convert(source, path, to=format)
     except FastsdError as error:
+        if format == "fsd":
+            raise
         model.lacking[format] = str(error)
     else:
         model.files[format] = path

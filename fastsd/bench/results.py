@@ -16,7 +16,8 @@ Status = Literal["measured", "skipped", "failed"]
 class Limit:
     """What the machine does at best: ``gb_per_s`` (10^9 bytes), or None with the reason in ``how``.
 
-    ``name`` is "memcpy", "pread", "map", "write", "direct", or "H2D" or "D2H" and a device.
+    ``name`` is "memcpy", "pread", "map", "write", "direct", "readahead", or "H2D" or "D2H" and a
+    device.
     """
 
     name: str
@@ -113,8 +114,8 @@ def find_limit(
     """The limit that binds: the slowest of the ways that all bytes have to go.
 
     Loads to the CPU are held against the faster of reading from the page cache and mapping it;
-    those to a GPU, against its bus; either, if the file is cold, against direct reads where these
-    are slower. Saves are held against the bus and writing.
+    those to a GPU, against its bus; either, if the file is cold, against the faster way of reading
+    it from the disk where that is slower. Saves are held against the bus and writing.
     """
     found = {limit.name: limit for limit in limits if limit.gb_per_s is not None}
     ways: list[Limit] = []
@@ -126,9 +127,10 @@ def find_limit(
         warm = [found[name] for name in ("pread", "map") if name in found]
         ways += [max(warm, key=_rate)] if warm else []
     if work == "load" and cache == "cold" and is_dropped:
-        if "direct" not in found:
+        cold = [found[name] for name in ("direct", "readahead") if name in found]
+        if not cold:
             return None
-        ways.append(found["direct"])
+        ways.append(max(cold, key=_rate))
     return min(ways, key=_rate, default=None)
 
 

@@ -91,8 +91,8 @@ def run(
     """Measures files and made-up models. ``say`` is told what is being done.
 
     What cannot be measured, or fails, is a `Result` that says why. Scratch folders are made beside
-    the files, or in ``work``, and are gone in the end. Raises Lack, OSError and FastsdError for
-    what prevents all of it.
+    the files, or in ``work``, and are gone in the end. Raises OSError, and what `convert` raises,
+    for what prevents all of it.
     """
     clock = _Clock(settings.seconds)
     who = machine.describe(settings.devices, PACKAGES)
@@ -181,6 +181,8 @@ def _measure(
         samples.extend(run_child(_describe_task(task, repeat, seconds), timeout))
     except ChildError as error:
         return _make_result(task, status="failed", reason=str(error), rounds=len(samples))
+    if not samples:
+        return _make_result(task, status="failed", reason="its process ended before it loaded")
     clock.note(time.monotonic() - start, sum(sample["ready"] for sample in samples))
     return _summarize(task, samples, limits, repeat)
 

@@ -123,7 +123,7 @@ def _list_sources(args: argparse.Namespace) -> list[Path | Synthetic]:
     sizes = args.size or ([] if args.paths else [_DEFAULT_BYTES])
     dtype = getattr(torch, args.dtype)
     made_up = [Synthetic(size, args.tensors, dtype) for size in sizes]
-    return [*dict.fromkeys(args.paths), *made_up]
+    return list(dict.fromkeys([*args.paths, *made_up]))
 
 
 def _write(document: Document, outputs: list[Path], picture: Path | None) -> None:

@@ -20,6 +20,8 @@ from fastsd.bench.results import Document, Limit, ModelInfo, Result, Times, find
 CACHES = ("warm", "cold")
 # What a process may take beyond its share of the time before it is given up.
 _GRACE_SECONDS = 60.0
+# What each process may load for, however little time there is: it has cost more to start.
+_LOADS_SECONDS_MIN = 1.0
 _NO_TIME = "the time was over"
 
 
@@ -75,7 +77,7 @@ class _Clock:
         """Seconds of loads for the next of so many processes, or None for as many as it takes."""
         if self._seconds is None:
             return None
-        return max(0.0, self.left / tasks - self._overhead)
+        return max(_LOADS_SECONDS_MIN, self.left / tasks - self._overhead)
 
     def note(self, whole: float, loads: float) -> None:
         """Learns what a process takes beside its loads: it starts, imports, and drops caches."""

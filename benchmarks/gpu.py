@@ -71,8 +71,11 @@ def pip(*command: str) -> list[str]:
 
 
 def install_wheels(folder: Path) -> None:
-    """Install wheels one by one, so that one that does not fit this Python is only named."""
-    for wheel in sorted(folder.glob("*.whl")):
+    """Install wheels, all at once; or one by one, so that any that does not fit is only named."""
+    wheels = sorted(folder.glob("*.whl"))
+    if not wheels or run(*pip("install"), "--target", PEERS, *wheels) == 0:
+        return
+    for wheel in wheels:
         if run(*pip("install"), "--target", PEERS, wheel) != 0:
             print(f"left out: {wheel.name}", file=sys.stderr)
 

@@ -64,7 +64,7 @@ def load(
     seconds: float | None,
     reference: str,
 ) -> Iterator[dict[str, Any]]:
-    """Loads a file once and then ``repeat`` times, or at least once until ``seconds`` are over.
+    """Loads a file once and then ``repeat`` times, or for ``seconds``, but at least once.
 
     Yields for each load ``call`` and ``ready``, seconds from its start until the call returned and
     until all was in place; and ``cache``, which is "" or says that the file was not cold. After the
@@ -72,7 +72,6 @@ def load(
     """
     who = find_contender(contender)
     _prepare(who, device)
-    start = time.perf_counter()
     for index in range(1 + repeat):
         cached = _set_cache(Path(path), cache)
         begin = time.perf_counter()
@@ -85,7 +84,9 @@ def load(
             _check(state, reference)
         del state  # frees memory, and lets go of pages that are to be dropped
         start_afresh()
-        if index and _is_over(start, index + 1, seconds):
+        if index == 0:
+            start = time.perf_counter()
+        elif _is_over(start, index, seconds):
             return
 
 
@@ -142,8 +143,8 @@ def _check(state: Mapping[str, Tensor], reference: str) -> None:
 def save(
     *, contender: str, path: str, device: str, repeat: int, seconds: float | None, reference: str
 ) -> Iterator[dict[str, Any]]:
-    """Saves tensors from a device to a new file, once and then ``repeat`` times, or at least once
-    until ``seconds`` are over. Yields ``ready``: for how many seconds each call blocked."""
+    """Saves tensors from a device to a new file, once and then ``repeat`` times, or for
+    ``seconds``, but at least once. Yields ``ready``: for how many seconds each call blocked."""
     who = find_contender(contender)
     _prepare(who, device)
     assert who.save is not None
@@ -151,7 +152,6 @@ def save(
     state = dict(fastsd_load(reference, map_location="cpu", mmap=False))
     state = {name: tensor.to(device) for name, tensor in state.items()}
     target = Path(path)
-    start = time.perf_counter()
     try:
         for index in range(1 + repeat):
             target.unlink(missing_ok=True)  # freeing its pages is not the saver's work
@@ -162,7 +162,9 @@ def save(
             if index == 0:
                 _check(fastsd_load(path, map_location="cpu"), reference)
             start_afresh(trim=False)
-            if index and _is_over(start, index + 1, seconds):
+            if index == 0:
+                start = time.perf_counter()
+            elif _is_over(start, index, seconds):
                 return
     finally:
         target.unlink(missing_ok=True)

@@ -74,13 +74,13 @@ class _Clock:
         return math.inf if self._seconds is None else self._seconds - self.elapsed
 
     def share(self, tasks: int) -> float | None:
-        """Seconds of loads for the next of so many processes, or None for as many as it takes."""
+        """Seconds of repeats for the next of so many processes, or None for as many as it takes."""
         if self._seconds is None:
             return None
         return max(_LOADS_SECONDS_MIN, self.left / tasks - self._overhead)
 
     def note(self, whole: float, loads: float) -> None:
-        """Learns what a process takes beside its loads: it starts, imports, and drops caches."""
+        """Learns what a process takes beside its repeats: it starts, imports, and loads once."""
         self._overhead = (self._overhead + whole - loads) / 2 if self._overhead else whole - loads
 
 
@@ -185,7 +185,7 @@ def _measure(
         return _make_result(task, status="failed", reason=str(error), rounds=len(samples))
     if not samples:
         return _make_result(task, status="failed", reason="its process ended before it loaded")
-    clock.note(time.monotonic() - start, sum(sample["ready"] for sample in samples))
+    clock.note(time.monotonic() - start, sum(sample["ready"] for sample in samples[1:]))
     return _summarize(task, samples, limits, repeat)
 
 

@@ -18,7 +18,7 @@ export SKBUILD_BUILD_DIR := $(BUILD)
 export SKBUILD_CMAKE_DEFINE := FASTSD_WERROR=ON;FASTSD_NATIVE_TESTS=ON
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build demo test test-slow bench lint format crash sanitize sanitize-thread fuzz clean
+.PHONY: help build demo test test-slow bench gpu lint format crash sanitize sanitize-thread fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -57,6 +57,11 @@ test-slow: $(BUILT) ## run the tests that take more than a few seconds each
 
 bench: $(BUILT) ## measure against torch and safetensors
 	$(BIN)/python benchmarks/run.py
+
+WHEELS ?= .whl
+
+gpu: ## test and measure on a machine with a GPU, with its own Python (WHEELS=.whl OUT=folder)
+	@$(PYTHON) benchmarks/gpu.py --wheels "$(WHEELS)" --out "$(OUT)"
 
 lint: $(BUILT) ## check style, types, stubs and C++
 	$(BIN)/ruff check .

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from fastsd.bench.cache import sync_file, warm_file
+from fastsd.bench.memory import count_bytes, raw_bytes, start_afresh, touch, trim_heap
 
-def raw_bytes(tensor: Tensor) -> Tensor:
-    """Return the tensor's elements, in order, as a flat tensor of bytes."""
-    return tensor.detach().contiguous().flatten().view(torch.uint8)
+__all__ = [
+    "count_bytes",
+    "digest_tensor",
+    "drop_tied",
+    "list_parts",
+    "list_tensors",
+    "raw_bytes",
+    "same_bits",
+    "same_part",
+    "start_afresh",
+    "sync_file",
+    "touch",
+    "trim_heap",
+    "warm_file",
+]
 
 
 def list_parts(obj: object, path: str = "") -> dict[str, object]:
@@ -58,25 +68,6 @@ def digest_tensor(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def count_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of all tensors, tied ones counted once."""
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-
-
-def touch(tensors: Iterable[Tensor]) -> None:
-    """Read every byte of every tensor.
-
-    Summing 64-bit integers runs at the speed of memory on all cores, so the loaders decide the
-    time; a sum, unlike a search, cannot stop early.
-    """
-    for tensor in tensors:
-        row_bytes = tensor.shape[-1] * tensor.itemsize if tensor.ndim else 0
-        if row_bytes % 8 == 0 and row_bytes and tensor.is_contiguous():
-            tensor.detach().view(torch.int64).sum()
-        else:
-            raw_bytes(tensor).sum()
-
-
 def drop_tied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Keep the first name of each memory: safetensors refuses tensors that share it."""
     seen: set[int] = set()
@@ -86,40 +77,3 @@ def drop_tied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             seen.add(tensor.data_ptr())
             kept[name] = tensor
     return kept
-
-
-def sync_file(path: Path) -> None:
-    """Make a written file survive a power cut: sync it and the directory that names it."""
-    for target in (path, path.parent):
-        descriptor = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def warm_file(path: Path, chunk_bytes: int = 16 << 20) -> None:
-    """Bring a file into the page cache."""
-    buffer = bytearray(chunk_bytes)
-    with path.open("rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
-
-
-def find_trim() -> Callable[[int], int]:
-    """Return the C library's ``malloc_trim``, or something that does nothing where it has none."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
-
-
-trim_heap = find_trim()
-
-
-def start_afresh(*, trim: bool = True) -> None:
-    """Collect garbage and, if ``trim``, give freed memory back to the system.
-
-    A program reads its weights once, into memory that it has not had before: no round that reads
-    them may live on what the last one left.
-    """
-    gc.collect()
-    if trim:
-        trim_heap(0)

@@ -7,6 +7,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastsd.bench.machine import file_system
+
 HERE = Path(__file__).resolve().parent
 WORK = HERE / ".work"  # ignored by git
 DISK_VARIABLE = "FASTSD_BENCH_DIR"
@@ -20,22 +22,6 @@ class Place:
     name: str
     label: str
     path: Path
-
-
-def file_system(path: Path) -> str:
-    """Return the type of the file system that holds ``path``, such as "ext4", or "unknown"."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    target = path.resolve()
-    found, depth = "unknown", 0
-    for line in lines:
-        left, _, right = line.partition(" - ")
-        mount = Path(left.split()[4].replace("\\040", " "))
-        if target.is_relative_to(mount) and len(mount.parts) >= depth:
-            found, depth = right.split()[0], len(mount.parts)
-    return found
 
 
 def find_places(disk: str | None = None) -> list[Place]:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +20,7 @@ from safetensors import __version__ as safetensors_version
 import fastsd
 from bench import Spec, Workshop
 from cases import CASES, QUICK
+from fastsd.bench.machine import memory_gib, processor_name
 from places import find_places
 
 GROUPS = ("save", "durable", "convert", "load", "touch", "into", "assign", "limits")
@@ -102,16 +101,6 @@ def show_progress(spec: Spec) -> None:
         print(f"... {spec.place.label}: {spec.case.title}: {spec.group}", flush=True)
 
 
-def processor_name() -> str:
-    """Return the processor's name as it calls itself."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1) if found else platform.machine()
-
-
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
     """Say what matters for speed and nothing that identifies a machine."""
     return {
@@ -121,7 +110,7 @@ def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
         "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "memory_gib": memory_gib(),
         "python_version": platform.python_version(),
         "torch_version": torch.__version__,
         "safetensors_version": safetensors_version,

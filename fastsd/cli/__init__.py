@@ -14,10 +14,10 @@ import traceback
 from collections.abc import Sequence
 
 from fastsd import __version__
-from fastsd.cli import convert, diff, inspect, terminal, verify
+from fastsd.cli import bench, convert, diff, inspect, terminal, verify
 
 # In the order of `fastsd --help`.
-_COMMANDS = (inspect, convert, verify, diff)
+_COMMANDS = (inspect, convert, verify, diff, bench)
 
 _TROUBLE = 2
 _INTERRUPTED = 130
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastsd",
-        description="Looks into, converts, checks and compares files of PyTorch weights.",
+        description="Looks into, converts, checks, compares and times files of PyTorch weights.",
     )
     parser.add_argument("--version", action="version", version=f"fastsd {__version__}")
     common = argparse.ArgumentParser(add_help=False)

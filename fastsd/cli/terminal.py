@@ -97,17 +97,26 @@ def print_table(
         sys.stdout.write("  ".join(aligned).rstrip() + "\n")
 
 
-def _print_fitting(
-    columns: Sequence[str], cells: Sequence[Sequence[str]], is_right: Sequence[bool]
-) -> None:
+def check_tables() -> None:
+    """Raises MissingPackageError if `print_table` would: for those who work long before it."""
+    if not sys.stdout.isatty():
+        return
     try:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
+        import rich.table  # noqa: F401
     except ModuleNotFoundError:
         raise MissingPackageError(
             "tables on a terminal need rich: pip install 'fastsd[cli]' (or: fastsd ... | cat)"
         ) from None
+
+
+def _print_fitting(
+    columns: Sequence[str], cells: Sequence[Sequence[str]], is_right: Sequence[bool]
+) -> None:
+    check_tables()
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column, right in zip(columns, is_right, strict=True):
         side: Literal["left", "right"] = "right" if right else "left"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import re
@@ -10,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from fastsd import gpu
 
 
 def processor_name() -> str:
@@ -71,14 +72,5 @@ def describe(devices: tuple[str, ...], packages: tuple[str, ...]) -> dict[str, s
         if torch.device(device).type == "cuda":
             found[device] = torch.cuda.get_device_name(device)
     if any(torch.device(device).type == "cuda" for device in devices):
-        found |= _describe_gpu()
+        found |= gpu.describe()
     return found | {name: find_version(name) or "not installed" for name in packages}
-
-
-def _describe_gpu() -> dict[str, str]:
-    """What fastsd itself says of drivers and of direct reads, where it has a part that does."""
-    try:
-        gpu = importlib.import_module("fastsd.gpu")
-    except ModuleNotFoundError:
-        return {}
-    return {str(key): str(value) for key, value in gpu.describe().items()}

@@ -122,7 +122,9 @@ def load(
             of a directory of shards, or of their index. Of an object the archive that starts where
             it stands is read and, if that is an .fsd one, not a byte more; others reach to the end.
             The object is left behind it or, after an error, where it stood, if it can seek.
-        map_location: As for torch.load.
+        map_location: As for torch.load. What goes to GPUs is read from the file on its way there,
+            in parallel, through pinned memory (`fastsd.gpu.set_pinned_memory`), whatever ``mmap``
+            says, and is there when this returns.
         weights_only: As for torch.load, for files that hold a pickle; loading others never runs
             code, whatever it says. True, and None without a ``pickle_module``: torch's restricted
             unpickler, with what torch.serialization.add_safe_globals and safe_globals allow.
@@ -152,6 +154,10 @@ def load(
             are renamed: a function of a
             name, a name or a pattern (``*``, ``?``, ``[...]``; ``*`` matches dots too), or several
             of them. Each pattern must match something; a function need not.
+        dtype: What floating point tensors of 16 bits and more become: torch.float16, bfloat16,
+            float32 or float64. They are cast on the way, where they go, and have memory of their
+            own. For files of plain data.
+        progress: Show a bar on stderr while bytes are read; takes rich.
 
     Returns the object, with the same nesting, types, key order and sharing of memory.
 
@@ -165,7 +171,8 @@ def load(
 
     Raises FormatError for a file that is damaged or not of this format, EmptyError (an EOFError)
     where there is nothing to read, ChecksumError, OSError, AttributeError for an `f` without
-    ``read``, what a file object raises, NamesError (a KeyError) for a prefix or pattern that fits
+    ``read``, what a file object raises, DeviceError for a GPU that fails, UnsupportedError for a
+    ``dtype`` that cannot be had, NamesError (a KeyError) for a prefix or pattern that fits
     no name and for two names that become one, and what torch raises where `map_location` cannot be
     met, or a pickle not be loaded.
     """
@@ -277,7 +284,7 @@ def load_into(
             than being an error. They are among the ``missing_keys`` that are returned, and
             ``strict`` does not object to them. For modules (which are asked for their
             ``state_dict()`` first) and mappings.
-        weights_only, verify: As for `load`.
+        weights_only, verify, progress: As for `load`.
         mmap: As for `load`. None: modules and mappings, into which is copied, are filled from the
             mapped file even where `load` would read, as reading would need memory for the model a
             second time. With ``assign=True`` as for `load`. Other targets may keep what they are
@@ -285,7 +292,9 @@ def load_into(
             and get memory of their own, as with ``mmap=False``. Tensors that a module takes as
             extra state are handed to it as they are.
 
-    What is not in the page cache yet is read ahead of the copy. Parameters stay where they are,
+    What is not in the page cache yet is read ahead of the copy. Parameters on GPUs are filled from
+    the file, once torch has checked all of them; but a module that has hooks for loading, or code
+    of its own, is left to torch's copies. Parameters stay where they are,
     whatever device was saved from, and so does an optimizer's state; with ``assign=True``, and for
     other targets, tensors go where they were saved from, as with `load`.
 
@@ -349,8 +358,8 @@ def _fill(
 def open(f: PathOrFile, device: torch.device | str = CPU, *, mmap: bool | None = None) -> Archive:
     """Opens a file as a read-only mapping of its tensors, which are read when they are asked for.
 
-    ``device`` is where they are put then; ``mmap`` as for `load`. Nested files are mappings too:
-    their names are the keys on the way, joined by dots. A pickle is not unpickled: the tensors that
+    ``device`` is where they are put then, on a GPU straight from the file; ``mmap`` as for `load`.
+    Nested files are mappings too: their names are the keys on the way, joined by dots. A pickle is not unpickled: the tensors that
     dictionaries, lists and tuples in it lead to are there, whatever else it holds; only of one that
     cannot be followed at all they are its storages, as bytes, under torch's keys. Of a file object
     that cannot be mapped and is no regular file everything is read at once; tensors are copies

@@ -5,6 +5,7 @@ from fastsd.archive import Archive, TensorInfo, TensorSlice, Verification
 from fastsd.convert import Report, convert
 from fastsd.errors import (
     ChecksumError,
+    DeviceError,
     EmptyError,
     FastsdError,
     FormatError,
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Archive",
     "ChecksumError",
+    "DeviceError",
     "EmptyError",
     "FastsdError",
     "FormatError",

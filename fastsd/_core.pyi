@@ -64,6 +64,12 @@ def read_torch_pickle(
     (names, records as of `Reader.tensor`, devices of the storages, file flags, sections, whether it
     is plain data, the names of what is not). Nothing is imported or executed."""
 
+def set_cuda_library(path: str | bytes) -> None:
+    """What is opened for CUDA's driver from now on; empty: what the system has. For tests."""
+
+def count_gpus() -> int:
+    """How many GPUs CUDA's driver has; 0 without one, and with one that is too old."""
+
 def file_system(path: str | bytes) -> tuple[str, bool]:
     """Name of the file system that holds a file, and whether it is mapped by default."""
 
@@ -107,7 +113,9 @@ class Plan(metaclass=_pybind11_type):
         self, names: list[str], tensors: list[Any], describe: Callable[[str, Any], tuple[Any, ...]]
     ) -> None:
         """``describe`` is called for each tensor that is not plain, and returns (address, or None
-        for a meta tensor; dtype number; shape; stride in items; flags; device number; identity)."""
+        for a meta tensor; dtype number; shape; stride in items; flags; device number; identity;
+        None or, of what lies on a GPU, its ordinal and the handle of a stream: what has been put
+        into that before something is read is done by then)."""
 
     def finish(
         self, file_flags: int, devices: Sequence[str], sections: Sequence[tuple[int, bytes]]
@@ -146,9 +154,10 @@ class Plan(metaclass=_pybind11_type):
         """Whether tensors are mapped from what a descriptor's file has at ``offset`` or behind."""
 
     def prepare(self, checksum: bool, mapped: Sequence[MappedFile] = ...) -> None:
-        """Before `gather`: where the file holds checksums, reads all data once."""
+        """Before `gather`: where the file holds checksums, reads all data once. ``mapped``: as for
+        `write`, also for `gather`."""
 
-    def gather(self, begin: int, target: object, mapped: Sequence[MappedFile] = ...) -> None:
+    def gather(self, begin: int, target: object) -> None:
         """Fills a writable buffer with the bytes of the file from ``begin`` on."""
 
     @property

@@ -7,6 +7,7 @@ FastsdError
 │   ├── VersionError       written by a newer release, in a way that this one cannot read
 │   └── LimitError         larger than a named limit of the format
 ├── ChecksumError          stored bytes are not what was written
+├── DeviceError            a GPU, or what drives it, failed; a RuntimeError, too
 ├── NamesError             prefix, select or rename does not fit the names in the file
 └── UnsupportedError       an object that cannot be saved, or a target that cannot be loaded into
 """
@@ -55,6 +56,10 @@ class ChecksumError(FastsdError):
     def __init__(self, detail: str, *, path: str = "", tensors: tuple[str, ...] = ()) -> None:
         super().__init__(detail, path=path)
         self.tensors = tensors
+
+
+class DeviceError(FastsdError, RuntimeError):
+    """A GPU, or what drives it, failed; a RuntimeError, too."""
 
 
 class NamesError(FastsdError, KeyError):

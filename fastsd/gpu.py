@@ -9,6 +9,11 @@ import torch
 from fastsd import _core
 
 
+def device_of(storage: torch.UntypedStorage) -> torch.device:
+    """Where a storage lies. Tests, which need no GPU, have some say otherwise."""
+    return storage.device
+
+
 def is_served(device: torch.device) -> bool:
     """Whether the core copies to and from this device's memory: one of CUDA's, with its driver."""
     return device.type == "cuda" and torch.version.cuda is not None and _has_gpus()

@@ -32,7 +32,7 @@ from fastsd.errors import FormatError
 from fastsd.formats import fsd
 from fastsd.names import NameRules
 from fastsd.placement import fakes_tensors, skips_data
-from fastsd.tensors import CPU, Describer, device_of
+from fastsd.tensors import CPU, Describer
 
 _STREAM = "data.pkl"
 _STORAGE = "data/"
@@ -150,7 +150,7 @@ class _Recorder:
         if name == _STREAM:
             self.stream = data
             # All has been pickled; storages are next, which torch need not copy.
-            if any(gpu.is_served(device_of(storage)) for storage in self.found.values()):
+            if any(gpu.is_served(gpu.device_of(storage)) for storage in self.found.values()):
                 self._without_data.enter_context(serialization.skip_data())
 
     def write_record_metadata(self, name: str, nbytes: int) -> None:
@@ -160,7 +160,7 @@ class _Recorder:
         storage = self.found.get(key)
         if storage is None:
             storage = _make_zeros(nbytes)
-        elif not gpu.is_served(device_of(storage)):
+        elif not gpu.is_served(gpu.device_of(storage)):
             storage = storage.cpu()
         self.storages[key] = storage
 

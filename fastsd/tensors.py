@@ -167,7 +167,7 @@ class Describer:
 
     def _find(self, storage: torch.UntypedStorage) -> tuple[int, Place]:
         """The address at which a storage's bytes, or their host copies, are, and on which GPU."""
-        device = device_of(storage)
+        device = gpu.device_of(storage)
         if device.type == CPU:
             return storage.data_ptr(), None
         if not gpu.is_served(device):
@@ -183,11 +183,6 @@ class Describer:
         if key not in self._host_copies:
             self._host_copies[key] = storage.cpu()
         return self._host_copies[key]
-
-
-def device_of(storage: torch.UntypedStorage) -> torch.device:
-    """Where a storage lies. A test may say otherwise."""
-    return storage.device
 
 
 def check_plain(name: str, tensor: torch.Tensor) -> None:

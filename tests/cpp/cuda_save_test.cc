@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <string>
@@ -16,6 +17,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cuda/download.h"
 #include "cuda/ring.h"
 #include "error.h"
 #include "faults.h"
@@ -23,6 +25,7 @@
 #include "stub.h"
 #include "stub_cuda.h"
 #include "support.h"
+#include "workers.h"
 #include "writer.h"
 
 namespace fastsd::test {
@@ -247,6 +250,21 @@ TEST(cuda_save_takes_no_more_than_the_ring_has) {
       .gather(0, streamed.size(), reinterpret_cast<std::byte*>(streamed.data()));
   CHECK(streamed == model.file());
   CHECK(stub.get("pinned_peak") <= static_cast<long>(2 * kSlabBytes));
+}
+
+TEST(cuda_save_gives_a_slab_back_once_nothing_is_on_its_way) {
+  Stub stub;
+  const std::vector<std::byte> bytes = Random(75).bytes(kSlabBytes);
+  cuda::Download download({{0, nullptr}}, 2 * kSlabBytes);
+  stub.set("copy_delay_us", 20000);
+  const std::byte* slab = nullptr;
+  {
+    const cuda::Landing landing(&download);
+    download.copy(landing.data(), on_gpu({"x", DType::kUInt8, bytes.data(), {1}}).data, kSlabBytes,
+                  0);
+    slab = landing.data();  // which the ring keeps
+  }
+  CHECK(std::equal(bytes.begin(), bytes.end(), slab));
 }
 
 TEST(cuda_save_of_little_pins_nothing) {

@@ -15,8 +15,8 @@ def device_of(storage: torch.UntypedStorage) -> torch.device:
 
 
 def is_served(device: torch.device) -> bool:
-    """Whether the core copies to and from this device's memory: one of CUDA's, with its driver."""
-    return device.type == "cuda" and torch.version.cuda is not None and _has_gpus()
+    """Whether the core copies to and from this device's memory: one of CUDA's, with a driver."""
+    return device.type == "cuda" and _has_gpus()
 
 
 def is_in_use() -> bool:
@@ -31,4 +31,4 @@ def current_stream(device: torch.device) -> int:
 
 @cache
 def _has_gpus() -> bool:
-    return _core.count_gpus() > 0
+    return torch.version.hip is None and _core.count_gpus() > 0

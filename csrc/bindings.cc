@@ -107,10 +107,10 @@ void add_described(Plan& plan, std::string_view name, const Described& described
   const auto pointer = [](std::uintptr_t number) {
     return reinterpret_cast<const std::byte*>(number);  // NOLINT(performance-no-int-to-ptr)
   };
-  plan.add({name, pointer(address.value_or(0)), DType{dtype}, flags, device, !address,
-            pointer(identity), static_cast<std::uint32_t>(shape.size()),
-            place ? place->first : kHost},
-           dims.data());
+  plan.add(
+      {name, pointer(address.value_or(0)), DType{dtype}, flags, device, !address, pointer(identity),
+       static_cast<std::uint32_t>(shape.size()), place ? place->first : kHost},
+      dims.data());
 }
 
 cuda::Streams streams_of(const std::map<int, std::uintptr_t>& places) {
@@ -192,8 +192,9 @@ class TensorPlan {
       }
       dims.assign(plain.shape, plain.shape + plain.rank);
       dims.insert(dims.end(), plain.stride, plain.stride + plain.rank);
-      plan_.add({name, plain.data, plain.dtype->dtype, 0, 0, false, tensor.ptr(), plain.rank, kHost},
-                dims.data());
+      plan_.add(
+          {name, plain.data, plain.dtype->dtype, 0, 0, false, tensor.ptr(), plain.rank, kHost},
+          dims.data());
     }
   }
 
@@ -304,9 +305,9 @@ class TensorPlan {
   }
 
   py::list tensors_;
-  py::function describe_;                // keeps the copies that it has made
+  py::function describe_;                 // keeps the copies that it has made
   std::map<int, std::uintptr_t> places_;  // the GPUs that tensors lie on, and their streams
-  Plan plan_;              // until it is laid out
+  Plan plan_;                             // until it is laid out
   std::unique_ptr<Layout> layout_;
   std::optional<Content> content_;
 };

@@ -359,8 +359,7 @@ class FileWriter {
     if (worker.gpus) worker.gpus->fetch(begin, end, &landing);
     const auto slab = [&] { return landing ? landing->data() : worker.slab.data(); };
     const auto flush = [&] {
-      if (copied > written)
-        worker.pieces.push_back({slab() + (written - begin), copied - written});
+      if (copied > written) worker.pieces.push_back({slab() + (written - begin), copied - written});
       written = copied;
     };
     const auto add_piece = [&](const Piece& piece) {
@@ -420,8 +419,7 @@ class FileWriter {
     if (begin == end) return;
     for (std::uint64_t at = align_down(begin); at < end; at += window_bytes_) {
       std::uint64_t to = std::min(at + window_bytes_, end);
-      if (is_direct_)
-        to = std::min(align_up(to, kDirectAlignBytes), layout_.file_bytes());
+      if (is_direct_) to = std::min(align_up(to, kDirectAlignBytes), layout_.file_bytes());
       content.gather(at, to, slab.data());
       std::uint64_t bytes = to - at;
       if (is_direct_) {
@@ -463,8 +461,8 @@ void checksum_storages(Layout& layout, const WriteOptions& options, const Interr
       (layout.data_end() - layout.data_begin() + step_bytes - 1) / step_bytes;
   const std::size_t threads_max =
       options.sources.streams.empty() ? processor_count() : kDirectThreads;
-  std::vector<Worker> workers = make_workers(std::min(processor_count(), threads_max), layout,
-                                             options.sources, step_bytes);
+  std::vector<Worker> workers =
+      make_workers(std::min(processor_count(), threads_max), layout, options.sources, step_bytes);
   mark_checksummed(plan.storages());
   run_parallel(count, workers.size(), interrupt, [&](std::size_t number, std::size_t i) {
     Worker& worker = workers[number];

@@ -40,8 +40,8 @@ struct WriteOptions {
 
 // Writes a file that is complete and has yet to be committed to `path` (see AtomicFile for what
 // happens to one that is there). Needs at most kWriteMemoryBytes of memory beyond the layout; from
-// GPUs slabs of the ring and, where a tensor is not row-major and is to be, a copy of its extent for
-// each thread.
+// GPUs slabs of the ring and, where a tensor is not row-major and is to be, a copy of its extent
+// for each thread.
 std::unique_ptr<AtomicFile> prepare_file(const std::string& path, Layout& layout,
                                          const WriteOptions& options, const Interrupt& interrupt);
 

@@ -21,7 +21,7 @@ def is_served(device: torch.device) -> bool:
 
 def is_in_use() -> bool:
     """Whether there may be tensors on such a device."""
-    return torch.cuda.is_initialized()
+    return bool(torch.cuda.is_initialized())
 
 
 def current_stream(device: torch.device) -> int:

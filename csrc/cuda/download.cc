@@ -4,7 +4,8 @@
 
 namespace fastsd::cuda {
 
-Download::Download(const Streams& streams, std::uint64_t bytes) : is_pinning_(bytes > kPinBytesMin) {
+Download::Download(const Streams& streams, std::uint64_t bytes)
+    : is_pinning_(bytes > kPinBytesMin) {
   const std::shared_ptr<const Driver> driver = Driver::open();
   for (const auto& [ordinal, stream] : streams) {
     const auto gpu = std::make_shared<Gpu>(driver, ordinal);

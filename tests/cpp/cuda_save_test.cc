@@ -38,15 +38,16 @@ constexpr std::size_t kMiB = std::size_t{1} << 20U;
 
 // The tensor as one of a GPU, whose memory the processor cannot read.
 Tensor on_gpu(Tensor tensor, int gpu = 0) {
-  tensor.data = reinterpret_cast<const std::byte*>(Stub::address(tensor.data) | kStubDeviceBit);
+  const std::uintptr_t address = Stub::address(tensor.data) | kStubDeviceBit;
+  tensor.data = reinterpret_cast<const std::byte*>(address);  // NOLINT(performance-no-int-to-ptr)
   tensor.gpu = gpu;
   return tensor;
 }
 
 std::vector<Tensor> on_gpus(const std::vector<Tensor>& tensors, int gpus) {
-  std::vector<Tensor> moved;
-  for (std::size_t i = 0; i < tensors.size(); ++i)
-    moved.push_back(on_gpu(tensors[i], static_cast<int>(i) % gpus));
+  std::vector<Tensor> moved = tensors;
+  for (std::size_t i = 0; i < moved.size(); ++i)
+    moved[i] = on_gpu(moved[i], static_cast<int>(i) % gpus);
   return moved;
 }
 
@@ -181,8 +182,7 @@ TEST(cuda_save_of_strided_views) {
 TEST(cuda_save_keeps_bytes_that_no_view_reaches_private) {
   const Stub stub;
   const std::vector<std::byte> memory(64, std::byte{'s'});
-  const FsdLayout layout =
-      lay_out({on_gpu({"a", DType::kUInt8, memory.data(), {16}, {4}})});
+  const FsdLayout layout = lay_out({on_gpu({"a", DType::kUInt8, memory.data(), {16}, {4}})});
   Content content(layout, from_gpus().sources);
   std::string bytes(61, '\xEE');
   content.gather(layout.data_begin(), layout.data_begin() + 61,

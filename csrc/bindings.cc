@@ -18,6 +18,8 @@
 
 #include "checksum.h"
 #include "cuda/driver.h"
+#include "cuda/ring.h"
+#include "cuda/upload.h"
 #include "dtype.h"
 #include "error.h"
 #include "file.h"
@@ -85,6 +87,24 @@ void raise(const Error& error) {
 bool check_signals() {
   const py::gil_scoped_acquire gil;
   return PyErr_CheckSignals() != 0;
+}
+
+// Also tells `on_done`, unless that is None, how many bytes are done. What it raises stands, and is
+// a reason to stop.
+Interrupt check_signals_and_tell(const py::object& on_done,
+                                 const std::atomic<std::uint64_t>& done) {
+  if (on_done.is_none()) return check_signals;
+  return [&on_done, &done] {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) return true;
+    try {
+      on_done(done.load());
+      return false;
+    } catch (py::error_already_set& error) {
+      error.restore();
+      return true;
+    }
+  };
 }
 
 // ---- Saving ----
@@ -244,11 +264,7 @@ class TensorPlan {
                                     const py::object& on_written) {
     std::atomic<std::uint64_t> written{0};
     const WriteOptions options{durable, checksum, sources(mapped), &written};
-    const Interrupt poll = [&] {
-      if (on_written.is_none()) return check_signals();
-      const py::gil_scoped_acquire gil;
-      return PyErr_CheckSignals() != 0 || !report(on_written, written);
-    };
+    const Interrupt poll = check_signals_and_tell(on_written, written);
     const py::gil_scoped_release no_gil;
     return prepare_file(path, *layout_, options, poll);
   }
@@ -291,17 +307,6 @@ class TensorPlan {
       return a.memory.begin() < b.memory.begin();
     });
     return {std::move(mappings), streams_of(places_)};
-  }
-
-  // Calls what may raise: then the exception stands, and the result is false.
-  static bool report(const py::object& on_written, std::uint64_t written) {
-    try {
-      on_written(written);
-      return true;
-    } catch (py::error_already_set& error) {
-      error.restore();
-      return false;
-    }
   }
 
   py::list tensors_;
@@ -390,19 +395,54 @@ std::vector<bool> storages_of(const Index& index, const std::vector<std::size_t>
   return marks;
 }
 
-py::tuple load(const Reader& reader, bool is_ordered, bool bases_only, Numbers wanted) {
-  const std::vector<std::size_t> numbers = checked_numbers(reader.index(), std::move(wanted));
+// Marks storages by their numbers.
+std::vector<bool> marks_of(const Index& index, const std::vector<std::size_t>& storages) {
+  std::vector<bool> marks(index.storages.size());
+  for (const std::size_t storage : storages) {
+    if (storage >= marks.size()) throw py::index_error("storage " + std::to_string(storage));
+    marks[storage] = true;
+  }
+  return marks;
+}
+
+py::tuple load(const Reader& reader, bool is_ordered, bool bases_only, Numbers wanted,
+               const std::vector<std::size_t>& placed, const py::object& on_done) {
+  const Index& index = reader.index();
+  const std::vector<std::size_t> numbers = checked_numbers(index, std::move(wanted));
+  const std::vector<bool> is_placed = marks_of(index, placed);
+  std::vector<bool> is_wanted(index.storages.size());
+  for (const std::size_t number : numbers) {
+    const TensorRecord& tensor = index.tensors[number];
+    if (!is_placed[tensor.storage] || is_host_only(tensor)) is_wanted[tensor.storage] = true;
+  }
   std::vector<Bytes> bytes;
   {
+    std::atomic<std::uint64_t> done{0};
+    const Interrupt poll = check_signals_and_tell(on_done, done);
     const py::gil_scoped_release no_gil;
-    bytes = reader.bytes_of(storages_of(reader.index(), numbers), check_signals);
+    bytes = reader.bytes_of(is_wanted, poll, &done);
   }
   LoadedTensors loaded;
-  if (!load_tensors(reader.index(), numbers, bytes, is_ordered, bases_only, &loaded))
+  if (!load_tensors(index, numbers, bytes, is_placed, is_ordered, bases_only, &loaded))
     throw py::error_already_set();
   return py::make_tuple(py::reinterpret_steal<py::dict>(loaded.by_name),
                         py::reinterpret_steal<py::list>(loaded.rest),
                         py::reinterpret_steal<py::dict>(loaded.bases));
+}
+
+// Those that tensors lie in which may be put elsewhere than in host memory, each with its number.
+py::list list_storages(const Reader& reader, Numbers wanted) {
+  const Index& index = reader.index();
+  std::vector<bool> is_wanted(index.storages.size());
+  for (const std::size_t number : checked_numbers(index, std::move(wanted))) {
+    const TensorRecord& tensor = index.tensors[number];
+    const bool has_data = (index.storages[tensor.storage].flags & kStorageHasNoData) == 0;
+    if (has_data && !is_host_only(tensor)) is_wanted[tensor.storage] = true;
+  }
+  py::list storages;
+  for (std::size_t i = 0; i < is_wanted.size(); ++i)
+    if (is_wanted[i]) storages.append(py::make_tuple(i, storage_record(reader, i)));
+  return storages;
 }
 
 py::dict load_keyed_storages(const Reader& reader) {
@@ -451,6 +491,69 @@ py::object load_base(const Reader& reader, std::size_t storage, std::uint64_t be
   return py::reinterpret_steal<py::object>(base);
 }
 
+// ---- Reading to addresses ----
+
+// Offsets are those of the file, wherever the archive starts. Throws ValueError for what is not
+// within it.
+std::uint64_t checked_offset(const Reader& reader, std::uint64_t offset, std::uint64_t bytes) {
+  const std::uint64_t begin = reader.file().begin();
+  const std::uint64_t file_bytes = reader.header().preamble().file_bytes;
+  if (offset < begin || offset - begin > file_bytes || bytes > file_bytes - (offset - begin))
+    throw py::value_error("a transfer outside the archive");
+  return offset - begin;
+}
+
+void check_ascending(std::uint64_t end, std::uint64_t offset) {
+  if (offset < end) throw py::value_error("transfers must ascend, and not overlap");
+}
+
+using HostTransfer = std::tuple<std::uint64_t, std::uint64_t, std::uintptr_t>;
+
+void read_transfers(const Reader& reader, const std::vector<HostTransfer>& transfers,
+                    const py::object& on_done) {
+  std::vector<File::Piece> pieces;
+  pieces.reserve(transfers.size());
+  std::uint64_t end = 0;
+  for (const auto& [offset, bytes, address] : transfers) {
+    check_ascending(end, offset);
+    end = offset + bytes;
+    pieces.push_back({reinterpret_cast<std::byte*>(address),  // NOLINT(performance-no-int-to-ptr)
+                      bytes, checked_offset(reader, offset, bytes)});
+  }
+  std::atomic<std::uint64_t> done{0};
+  const Interrupt poll = check_signals_and_tell(on_done, done);
+  const py::gil_scoped_release no_gil;
+  reader.read(pieces, poll, &done);
+}
+
+// (offset, bytes, GPU, address)
+using GpuTransfer = std::tuple<std::uint64_t, std::uint64_t, int, cuda::Address>;
+
+std::vector<std::uint32_t> upload_transfers(
+    const Reader& reader, const std::vector<GpuTransfer>& transfers,
+    const std::vector<std::pair<int, std::uintptr_t>>& streams, bool checksums,
+    const py::object& on_done) {
+  std::vector<cuda::Transfer> uploads;
+  uploads.reserve(transfers.size());
+  std::uint64_t end = 0;
+  for (const auto& [offset, bytes, gpu, address] : transfers) {
+    check_ascending(end, offset);
+    end = offset + bytes;
+    uploads.push_back({checked_offset(reader, offset, bytes), bytes, gpu, address});
+  }
+  std::atomic<std::uint64_t> done{0};
+  cuda::UploadOptions options;
+  for (const auto& [gpu, stream] : streams) {
+    options.streams.emplace_back(
+        gpu, reinterpret_cast<cuda::StreamHandle>(stream));  // NOLINT(performance-no-int-to-ptr)
+  }
+  if (checksums) options.checksum = &reader.checksum();
+  options.done = &done;
+  const Interrupt poll = check_signals_and_tell(on_done, done);
+  const py::gil_scoped_release no_gil;
+  return cuda::upload(reader.file(), uploads, options, poll);
+}
+
 std::unique_ptr<Prefetch> start_prefetch(const Reader& reader, Numbers wanted) {
   const std::vector<std::size_t> numbers = checked_numbers(reader.index(), std::move(wanted));
   return std::make_unique<Prefetch>(reader, storages_of(reader.index(), numbers));
@@ -462,9 +565,11 @@ std::unique_ptr<MappedFile> mapped_file(const Reader& reader) {
                                       reader.header().preamble().file_bytes);
 }
 
-std::vector<std::size_t> find_damage(const Reader& reader) {
+std::vector<std::size_t> find_damage(const Reader& reader,
+                                     const std::vector<std::size_t>& checked) {
+  const std::vector<bool> is_checked = marks_of(reader.index(), checked);
   const py::gil_scoped_release no_gil;
-  return reader.find_damage(check_signals);
+  return reader.find_damage(is_checked, check_signals);
 }
 
 Access access_of(std::optional<bool> mmap) {
@@ -638,6 +743,7 @@ void register_mapped_file(py::module_& module) {
                                return reinterpret_cast<std::uintptr_t>(self.memory().begin());
                              })
       .def_property_readonly("nbytes", [](const MappedFile& self) { return self.memory().size(); })
+      .def_property_readonly("offset", [](const MappedFile& self) { return self.file().begin(); })
       .def("read", &MappedFile::read, py::arg("begin"), py::arg("target"))
       .def("drop_pages",
            [](const MappedFile& self) { drop_pages(self.memory().begin(), self.memory().size()); })
@@ -689,12 +795,17 @@ void register_reader(py::module_& module) {
           py::arg("number"))
       .def("storage", &storage_record, py::arg("number"))
       .def("load", &load, py::arg("is_ordered"), py::arg("bases_only"),
-           py::arg("numbers") = py::none())
+           py::arg("numbers") = py::none(), py::arg("placed") = py::tuple(),
+           py::arg("on_done") = py::none())
+      .def("storages", &list_storages, py::arg("numbers") = py::none())
+      .def("read", &read_transfers, py::arg("transfers"), py::arg("on_done") = py::none())
+      .def("upload", &upload_transfers, py::arg("transfers"), py::arg("streams"),
+           py::arg("checksums") = false, py::arg("on_done") = py::none())
       .def("load_storages", &load_keyed_storages)
       .def("storage_places", &storage_places)
       .def("base", &load_base, py::arg("storage"), py::arg("begin"), py::arg("end"))
       .def("mapped_file", &mapped_file)
-      .def("find_damage", &find_damage);
+      .def("find_damage", &find_damage, py::arg("checked") = py::tuple());
   py::class_<Prefetch>(module, "Prefetch")
       .def(py::init(&start_prefetch), py::arg("reader"), py::arg("numbers") = py::none(),
            py::keep_alive<1, 2>())
@@ -703,13 +814,14 @@ void register_reader(py::module_& module) {
 
 void register_cuda(py::module_& module) {
   module.def("set_cuda_library", &cuda::Driver::set_library, py::arg("path"));
-  module.def("count_gpus", [] {
-    try {
-      return cuda::Driver::open()->device_count();
-    } catch (const Error&) {
-      return 0;
-    }
-  });
+  module.def("cuda_version", [] { return cuda::Driver::open()->version(); });
+  module.def("cuda_device_count", [] { return cuda::Driver::open()->device_count(); });
+  module.def(
+      "set_pinned_bytes_max",
+      [](std::uint64_t bytes) { cuda::Ring::shared().set_bytes_max(bytes); }, py::arg("bytes"));
+  module.def("pinned_bytes", [] { return cuda::Ring::shared().bytes(); });
+  module.def("pinned_bytes_max", [] { return cuda::Ring::shared().bytes_max(); });
+  module.def("release_pinned", [] { cuda::Ring::shared().empty(); });
 }
 
 void register_file_systems(py::module_& module) {

@@ -226,8 +226,8 @@ Bytes Reader::bytes(std::size_t storage, std::uint64_t begin, std::uint64_t end,
   return {memory->data(), memory};
 }
 
-std::vector<Bytes> Reader::bytes_of(const std::vector<bool>& is_wanted,
-                                    const Interrupt& interrupt) const {
+std::vector<Bytes> Reader::bytes_of(const std::vector<bool>& is_wanted, const Interrupt& interrupt,
+                                    std::atomic<std::uint64_t>* done) const {
   if (file_.memory() && is_handed_out_.exchange(true))
     throw Error(Failure::kUnsupported, "what came from a stream is handed out once", file_.name());
   std::vector<Bytes> all(index().storages.size());
@@ -251,12 +251,13 @@ std::vector<Bytes> Reader::bytes_of(const std::vector<bool>& is_wanted,
     all[i] = {memory->data(), memory};
     extents.push_back({memory->data(), bytes, offset});
   }
-  read(extents, interrupt);
+  read(extents, interrupt, done);
   return all;
 }
 
 // Reads extents, which ascend in the file: large ones in steps, small ones many to a step.
-void Reader::read(const std::vector<File::Piece>& extents, const Interrupt& interrupt) const {
+void Reader::read(const std::vector<File::Piece>& extents, const Interrupt& interrupt,
+                  std::atomic<std::uint64_t>* done) const {
   std::vector<File::Piece> pieces;
   pieces.reserve(extents.size());
   std::uint64_t total = 0;
@@ -279,11 +280,13 @@ void Reader::read(const std::vector<File::Piece>& extents, const Interrupt& inte
   steps.push_back(pieces.size());
   run_parallel(steps.size() - 1, threads_for(total), interrupt, [&](std::size_t, std::size_t i) {
     file_.read_run(&pieces[steps[i]], steps[i + 1] - steps[i]);
+    for (std::size_t k = steps[i]; done != nullptr && k < steps[i + 1]; ++k)
+      *done += pieces[k].bytes;
   });
 }
 
-std::vector<std::size_t> Reader::find_damage(const Interrupt& interrupt) const {
-  const Checksum& checksum = container_ == Container::kTorch ? kCrc32 : kCrc32c;
+std::vector<std::size_t> Reader::find_damage(const std::vector<bool>& is_checked,
+                                             const Interrupt& interrupt) const {
   const Index& tables = index();
   struct Step {
     std::size_t storage;
@@ -295,6 +298,7 @@ std::vector<std::size_t> Reader::find_damage(const Interrupt& interrupt) const {
   for (std::size_t i = 0; i < tables.storages.size(); ++i) {
     const StorageRecord& storage = tables.storages[i];
     if ((storage.flags & kStorageHasChecksum) == 0) continue;
+    if (!is_checked.empty() && is_checked[i]) continue;
     const std::uint64_t bytes = stored_bytes(storage);
     total += bytes;
     for (std::uint64_t begin = 0; begin < bytes; begin += kStepBytes)
@@ -310,14 +314,14 @@ std::vector<std::size_t> Reader::find_damage(const Interrupt& interrupt) const {
     // and a file that shrinks meanwhile is an error rather than a signal.
     if (!slabs[worker]) slabs[worker].reset(new std::byte[kStepBytes]);
     file_.read_at(slabs[worker].get(), bytes, offset);
-    parts[i] = checksum.update(0, slabs[worker].get(), bytes);
+    parts[i] = checksum().update(0, slabs[worker].get(), bytes);
   });
   std::vector<std::size_t> damaged;
   for (std::size_t i = 0; i < steps.size();) {
     const std::size_t storage = steps[i].storage;
     std::uint32_t crc = parts[i];
     for (++i; i < steps.size() && steps[i].storage == storage; ++i)
-      crc = checksum.combine(crc, parts[i], steps[i].end - steps[i].begin);
+      crc = checksum().combine(crc, parts[i], steps[i].end - steps[i].begin);
     if (crc != tables.storages[storage].crc32c) damaged.push_back(storage);
   }
   if (container_ == Container::kFsd && damaged.empty()) check_padding();

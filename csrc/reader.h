@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "checksum.h"
 #include "file.h"
 #include "format.h"
 #include "torch_pickle.h"
@@ -87,13 +88,27 @@ class Reader {
 
   // The bytes of the storages that `is_wanted` marks, by number, in parallel; none of the others.
   // Those of a stream are handed out as they are, and the others given back, so that this can be
-  // called once, and is to be called last. REQUIRES: a mark for each storage.
-  std::vector<Bytes> bytes_of(const std::vector<bool>& is_wanted, const Interrupt& interrupt) const;
+  // called once, and is to be called last. `done`, if any, counts what has been read. REQUIRES: a
+  // mark for each storage.
+  std::vector<Bytes> bytes_of(const std::vector<bool>& is_wanted, const Interrupt& interrupt,
+                              std::atomic<std::uint64_t>* done = nullptr) const;
+
+  // Fills pieces, which ascend in the file, in parallel.
+  void read(const std::vector<File::Piece>& extents, const Interrupt& interrupt,
+            std::atomic<std::uint64_t>* done = nullptr) const;
+
+  // What the storages' checksums are made with.
+  const Checksum& checksum() const { return container_ == Container::kTorch ? kCrc32 : kCrc32c; }
 
   // Reads every stored byte, in parallel; returns the storages whose bytes do not have the checksum
-  // recorded for them. Storages without one are not read. Throws kFormat if there are none and an
-  // .fsd archive has padding that is not zero.
-  std::vector<std::size_t> find_damage(const Interrupt& interrupt) const;
+  // recorded for them. Storages without one are not read, nor are those that are known to be right
+  // and marked so. Throws kFormat if there is no damage and an .fsd archive has padding that is not
+  // zero. REQUIRES: a mark for each storage, or none at all.
+  std::vector<std::size_t> find_damage(const std::vector<bool>& is_checked,
+                                       const Interrupt& interrupt) const;
+  std::vector<std::size_t> find_damage(const Interrupt& interrupt) const {
+    return find_damage({}, interrupt);
+  }
 
  private:
   void read_header(bool is_whole_file);
@@ -101,7 +116,6 @@ class Reader {
   void find_object();
   void read_stream(const ReadSome& read_some, std::uint64_t begin, std::uint64_t bytes);
   void map(Access access);
-  void read(const std::vector<File::Piece>& extents, const Interrupt& interrupt) const;
   void check_padding() const;
 
   File file_;

@@ -233,8 +233,8 @@ bool describe_plain(PyObject* tensor, bool* has_refused, PlainTensor* plain) {
 }
 
 bool load_tensors(const Index& index, const std::vector<std::size_t>& numbers,
-                  const std::vector<Bytes>& bytes, bool is_ordered, bool is_all_rest,
-                  LoadedTensors* loaded) {
+                  const std::vector<Bytes>& bytes, const std::vector<bool>& is_placed,
+                  bool is_ordered, bool is_all_rest, LoadedTensors* loaded) {
   const CollectionPause pause;
   const auto set_item = is_ordered ? PyODict_SetItem : PyDict_SetItem;
   Reference by_name(is_ordered ? PyODict_New() : PyDict_New());
@@ -250,13 +250,14 @@ bool load_tensors(const Index& index, const std::vector<std::size_t>& numbers,
         PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), nullptr));
     if (name.get() == nullptr) return false;
     const StorageRecord& storage = index.storages[tensor.storage];
-    const bool is_plain = !is_all_rest && can_make(dtype) && tensor.same_as == i &&
+    const bool has_base = !is_placed[tensor.storage] || is_host_only(tensor);
+    const bool is_plain = has_base && !is_all_rest && can_make(dtype) && tensor.same_as == i &&
                           counts[tensor.storage] == 1 && tensor.flags == 0 &&
                           (storage.flags & kStorageHasNoData) == 0 &&
                           is_whole(index, tensor, storage);
     if (!is_plain) {
       if (set_item(by_name.get(), name.get(), Py_None) != 0 || !append_number(rest.get(), i) ||
-          !add_base(bases.get(), tensor.storage, storage, bytes[tensor.storage])) {
+          (has_base && !add_base(bases.get(), tensor.storage, storage, bytes[tensor.storage]))) {
         return false;
       }
       continue;

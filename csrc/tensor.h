@@ -56,12 +56,18 @@ struct LoadedTensors {
   PyObject* bases = nullptr;  // dict: storage number -> uint8 tensor of all its bytes, for the rest
 };
 
-// `numbers`: of the tensors to make. `bytes`: of each storage that they lie in, by number.
-// `is_ordered`: makes an OrderedDict. `is_all_rest`: makes no tensor but the bases. Returns false
-// with a Python exception set.
+// Whether a tensor stays in host memory, wherever others go.
+inline bool is_host_only(const TensorRecord& tensor) {
+  return (tensor.flags & kTensorIsArray) != 0;
+}
+
+// `numbers`: of the tensors to make. `bytes`: of each storage that they lie in, by number, unless
+// it is marked as placed: then the tensors in it, but for those that stay in host memory, are among
+// the rest without a base. `is_ordered`: makes an OrderedDict. `is_all_rest`: makes no tensor but
+// the bases. Returns false with a Python exception set.
 bool load_tensors(const Index& index, const std::vector<std::size_t>& numbers,
-                  const std::vector<Bytes>& bytes, bool is_ordered, bool is_all_rest,
-                  LoadedTensors* loaded);
+                  const std::vector<Bytes>& bytes, const std::vector<bool>& is_placed,
+                  bool is_ordered, bool is_all_rest, LoadedTensors* loaded);
 
 // The storages of a pickle section: a dict from key to all bytes of the storage, as a uint8 tensor.
 // `by_key`: the container's index; what is in it and is no such storage is left out.

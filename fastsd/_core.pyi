@@ -64,12 +64,6 @@ def read_torch_pickle(
     (names, records as of `Reader.tensor`, devices of the storages, file flags, sections, whether it
     is plain data, the names of what is not). Nothing is imported or executed."""
 
-def set_cuda_library(path: str | bytes) -> None:
-    """What is opened for CUDA's driver from now on; empty: what the system has. For tests."""
-
-def count_gpus() -> int:
-    """How many GPUs CUDA's driver has; 0 without one, and with one that is too old."""
-
 def file_system(path: str | bytes) -> tuple[str, bool]:
     """Name of the file system that holds a file, and whether it is mapped by default."""
 
@@ -85,6 +79,10 @@ class MappedFile(metaclass=_pybind11_type):
 
     @property
     def nbytes(self) -> int: ...
+    @property
+    def offset(self) -> int:
+        """Where in the file that byte is."""
+
     def read(self, begin: int, target: object) -> None:
         """Fills a writable buffer with the bytes from ``begin`` on, as the file has them now.
         Raises TruncatedError if it ends before."""
@@ -244,12 +242,43 @@ class Reader(metaclass=_pybind11_type):
         whether it has no data). The checksum is a CRC32C or, in the format "pth", a CRC-32."""
 
     def load(
-        self, is_ordered: bool, bases_only: bool, numbers: Sequence[int] | None = None
+        self,
+        is_ordered: bool,
+        bases_only: bool,
+        numbers: Sequence[int] | None = None,
+        placed: Sequence[int] = ...,
+        on_done: Callable[[int], object] | None = None,
     ) -> tuple[dict[str, torch.Tensor], list[int], dict[int, torch.Tensor]]:
         """Tensors by name, in a dict or an OrderedDict: all, or those of ascending numbers; the
         numbers of those that are None because they need more than DLPack; and for these, the bytes
         of each storage they lie in. Only storages of these tensors are read; of a stream once,
-        and last. ``bases_only``: leave all to the caller."""
+        and last. ``bases_only``: leave all to the caller. ``placed``: storages that are
+        elsewhere already, so that only numpy arrays in them are read. ``on_done`` is told now and
+        then how many bytes have been read; what it raises ends the reading."""
+
+    def storages(
+        self, numbers: Sequence[int] | None = None
+    ) -> list[tuple[int, tuple[int, int, int | None, str, bool]]]:
+        """The storages of tensors, of all or of ascending numbers, that have data and may be put
+        elsewhere than in host memory: their numbers, and what `storage` tells of them."""
+
+    def read(
+        self,
+        transfers: Sequence[tuple[int, int, int]],
+        on_done: Callable[[int], object] | None = None,
+    ) -> None:
+        """Reads (offset in the file, bytes, address to put them) in parallel; they ascend."""
+
+    def upload(
+        self,
+        transfers: Sequence[tuple[int, int, int, int]],
+        streams: Sequence[tuple[int, int]],
+        checksums: bool = False,
+        on_done: Callable[[int], object] | None = None,
+    ) -> list[int]:
+        """Copies (offset in the file, bytes, GPU, address in its memory), which ascend, through
+        pinned memory, after the work in the stream of each GPU: (GPU, handle). Returns when all is
+        there: the transfers' checksums, if asked for. Raises DeviceError."""
 
     def load_storages(self) -> dict[str, torch.Tensor]:
         """The storages that a pickle names, by key, as uint8 tensors. Of a stream once,
@@ -264,8 +293,27 @@ class Reader(metaclass=_pybind11_type):
     def mapped_file(self) -> MappedFile | None:
         """The file and what it is mapped to; None if it is not mapped."""
 
-    def find_damage(self) -> list[int]:
-        """Reads all data; the storages that differ from their checksums."""
+    def find_damage(self, checked: Sequence[int] = ...) -> list[int]:
+        """Reads all data, but for storages that have been checked; those that differ from their
+        checksums."""
+
+def set_cuda_library(path: str) -> None:
+    """What is opened as the CUDA driver from now on, "" for the system's: for tests."""
+
+def cuda_version() -> int:
+    """13000 for CUDA 13.0, as the driver has it. Raises UnsupportedError with the reason where
+    there is no driver that can be used, or no GPU."""
+
+def cuda_device_count() -> int: ...
+def set_pinned_bytes_max(bytes: int) -> None:
+    """How much memory may be pinned for copies to and from GPUs, in all of the process."""
+
+def pinned_bytes_max() -> int: ...
+def pinned_bytes() -> int:
+    """How much is."""
+
+def release_pinned() -> None:
+    """Gives up what is pinned and not in use."""
 
 class Prefetch(metaclass=_pybind11_type):
     """A thread that brings a mapped file's data into memory, in the order of the file.

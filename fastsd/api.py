@@ -13,15 +13,18 @@ import torch
 from fastsd import _core, pickled, through_torch
 from fastsd.archive import Archive
 from fastsd.archive import verify as verify_archive
+from fastsd.deferred import Copies
 from fastsd.errors import ChecksumError, UnsupportedError
 from fastsd.files import Source, encode_path, is_path
 from fastsd.formats import fsd
 from fastsd.formats.detect import open_any
 from fastsd.into import Target
 from fastsd.names import NameRules, Rename, Select
-from fastsd.restore import restore
+from fastsd.progress import show_progress
+from fastsd.restore import needs_unpickling, restore
 from fastsd.saving import Format, Pickling, make_plan, write
 from fastsd.tensors import CPU
+from fastsd.upload import Passage
 
 PathOrFile = str | os.PathLike[str] | IO[bytes]
 Verify = Literal["structure", "checksums"]
@@ -114,6 +117,8 @@ def load(
     prefix: str | None = None,
     rename: Rename | None = None,
     select: Select | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
     **pickle_load_args: Any,
 ) -> Any:
     """Loads what `save` has saved, and files of other formats, in place of ``torch.load(f)``.
@@ -178,11 +183,34 @@ def load(
     how = pickled.Unpickling(weights_only, pickle_module, pickle_load_args)
     how.check()
     rules = _make_rules(prefix, select, rename)
+    passage = Passage(dtype, checks=verify == "checksums")
     with open_any(f, mmap) as opened:
         if opened.source is not None:
+            if dtype is not None:
+                detail = "dtype cannot be had of what torch reads"
+                raise UnsupportedError(detail, path=opened.source.name)
             return _load_through_torch(opened.source, map_location, how, rules, verify)
-        _verify(opened.readers, verify)
-        return restore(opened.readers, map_location, how, rules)[0]
+        if not progress:
+            return _load(opened.readers, map_location, how, rules, passage)
+        with show_progress(opened.readers[0].name) as passage.progress:
+            return _load(opened.readers, map_location, how, rules, passage)
+
+
+def _load(
+    readers: list[_core.Reader],
+    map_location: Any,
+    how: pickled.Unpickling,
+    rules: NameRules | None,
+    passage: Passage,
+) -> Any:
+    """What is in the files, verified: before a pickle is looked at, and else along with the bytes
+    that are read anyway."""
+    if passage.checks and any(needs_unpickling(reader, how) for reader in readers):
+        _verify(readers, passage)
+        passage.checks = False
+    obj = restore(readers, map_location, how, rules, passage)[0]
+    _verify(readers, passage)
+    return obj
 
 
 def _load_through_torch(
@@ -210,9 +238,9 @@ def _check_verify(verify: str) -> None:
         raise ValueError(f"verify must be 'structure' or 'checksums', not {verify!r}")
 
 
-def _verify(readers: list[_core.Reader], verify: Verify) -> None:
-    if verify == "checksums":
-        report = verify_archive(readers)
+def _verify(readers: list[_core.Reader], passage: Passage) -> None:
+    if passage.checks:
+        report = verify_archive(readers, passage)
         if report.unchecked:
             raise ChecksumError(
                 f"there is nothing to check {len(report.unchecked)} tensors against: "
@@ -237,6 +265,7 @@ def load_into(
     weights_only: bool | None = None,
     mmap: bool | None = None,
     verify: Verify = "structure",
+    progress: bool = False,
 ) -> Any:
     """Loads a saved state_dict into something that exists: a module, an optimizer, a mapping...
 
@@ -287,22 +316,36 @@ def load_into(
     how = pickled.Unpickling(weights_only)
     # What is copied goes where the target is; what is assigned, where load() would put it.
     map_location = CPU if into.moves else None
-    with open_any(f, mmap) as opened:
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_any(f, mmap))
         if opened.source is not None:
             state = _load_through_torch(opened.source, map_location, how, rules, verify)
-            return _fill(into, state, opened.source.name, [])
+            return _fill(into, state, opened.source.name, [], Passage())
         readers = opened.readers
-        _verify(readers, verify)
-        state, numbers = restore(readers, map_location, how, rules)
-        return _fill(into, state, readers[0].name, list(zip(readers, numbers, strict=True)))
+        _verify(readers, Passage(checks=verify == "checksums"))
+        passage = Passage()
+        if progress:
+            passage.progress = stack.enter_context(show_progress(readers[0].name))
+        state, numbers = restore(readers, map_location, how, rules, passage)
+        sources = list(zip(readers, numbers, strict=True))
+        return _fill(into, state, readers[0].name, sources, passage)
 
 
 def _fill(
-    into: Target, state: Any, path: str, sources: list[tuple[_core.Reader, list[int] | None]]
+    into: Target,
+    state: Any,
+    path: str,
+    sources: list[tuple[_core.Reader, list[int] | None]],
+    passage: Passage,
 ) -> Any:
-    """Hands the state over, while what it is copied from is read ahead."""
+    """Hands the state over, which is read meanwhile or, where it goes to GPUs, behind that."""
     if into.takes_tensors and not isinstance(state, dict):
         raise UnsupportedError(f"holds a {type(state).__name__}, no state_dict", path=path)
+    if into.copies and into.can_defer():
+        copies = Copies([reader for reader, _ in sources], passage)
+        copies.defer(state)
+        with copies:
+            return into.load(state)
     with ExitStack() as stack:
         if into.copies:
             for reader, numbers in sources:

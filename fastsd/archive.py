@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastsd import gpu
 from fastsd.errors import ChecksumError, FormatError, NamesError
 from fastsd.tensors import (
     CPU,
     REQUIRES_GRAD,
     Loaded,
+    Placed,
     StorageRecord,
     TensorRecord,
     apply_flags,
@@ -24,11 +26,10 @@ from fastsd.tensors import (
     rebuild_rest,
     view_storage,
 )
+from fastsd.upload import Passage, fetch
 
 if TYPE_CHECKING:
     from fastsd import _core
-
-Restore = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Archive(Mapping[str, torch.Tensor]):
             for file, reader in enumerate(readers)
             for storage in _find_shared(reader)
         }
-        self._bases: dict[tuple[int, int], torch.Tensor] = {}
+        self._whole: dict[tuple[int, int], torch.UntypedStorage] = {}
 
     # ---- Mapping ----
 
@@ -221,7 +222,7 @@ class Archive(Mapping[str, torch.Tensor]):
     def close(self) -> None:
         """Forgets the file. Tensors stay as they are."""
         self._readers = []
-        self._bases.clear()
+        self._whole.clear()
 
     def __enter__(self) -> Archive:
         return self
@@ -260,34 +261,39 @@ class Archive(Mapping[str, torch.Tensor]):
                 part_record.shape, part_record.stride, dtype=dtype, device="meta"
             )
         else:
-            base, base_begin = self._base(file, part_record, offset, dtype.itemsize)
-            first = offset - base_begin // dtype.itemsize
-            tensor = view_storage(base.untyped_storage(), dtype, first, part_record)
+            storage, begin = self._storage(file, part_record, offset, dtype.itemsize)
+            tensor = view_storage(storage, dtype, offset - begin // dtype.itemsize, part_record)
         try:
             return apply_flags(name, tensor, record.flags)
         except FormatError as error:
             error.path = self._readers[file].name
             raise
 
-    def _base(
+    def _storage(
         self, file: int, record: TensorRecord, offset: int, itemsize: int
-    ) -> tuple[torch.Tensor, int]:
-        """Bytes of a storage that hold a part of it, on the device, and where they start in it."""
+    ) -> tuple[torch.UntypedStorage, int]:
+        """A storage on the device with those bytes of a stored one that a part of it takes, and
+        where they start in that."""
+        key = (file, record.storage)
+        if key not in self._shared:
+            begin = offset * itemsize
+            end = begin + extent_items(record.shape, record.stride) * itemsize
+            return self._fetch(file, record.storage, begin, end), begin
+        storage = self._whole.get(key)
+        if storage is None:
+            stored = StorageRecord(*self._open_readers()[file].storage(record.storage))
+            fetched = self._fetch(file, record.storage, 0, stored.nbytes)
+            storage = self._whole.setdefault(key, fetched)  # another thread's, if it was quicker
+        return storage, 0
+
+    def _fetch(self, file: int, number: int, begin: int, end: int) -> torch.UntypedStorage:
         reader = self._open_readers()[file]
-        number = record.storage
-        if (file, number) in self._shared:
-            base = self._bases.get((file, number))
-            if base is None:
-                nbytes = StorageRecord(*reader.storage(number)).nbytes
-                whole = reader.base(number, 0, nbytes).to(self._device)
-                # another thread's, if it was quicker
-                base = self._bases.setdefault((file, number), whole)
-            return base, 0
-        begin = offset * itemsize
-        end = begin + extent_items(record.shape, record.stride) * itemsize
-        if end == begin:
-            return reader.base(number, 0, 0).to(self._device), begin
-        return reader.base(number, begin, end).to(self._device), begin
+        if begin == end:  # wherever that is
+            begin = end = 0
+        if gpu.is_accelerator(self._device):
+            stored = StorageRecord(*reader.storage(number))
+            return fetch(reader, stored.offset + begin, end - begin, self._device)
+        return reader.base(number, begin, end).to(self._device).untyped_storage()
 
 
 def _find_firsts(counts: Iterable[int]) -> list[int]:
@@ -305,33 +311,52 @@ def _find_shared(reader: _core.Reader) -> frozenset[int]:
 
 def load_tensors(
     reader: _core.Reader,
-    restore: Restore | None,
+    placed: Placed | None = None,
     numbers: Sequence[int] | None = None,
     *,
     is_ordered: bool = False,
+    passage: Passage | None = None,
 ) -> dict[str, torch.Tensor]:
     """Tensors by name, in the order of the file: all, or those of ascending numbers; in an
     OrderedDict, if so asked.
 
-    Storages without any of them are not read. ``restore`` as for `rebuild_rest`.
+    Storages without any of them are not read, nor are those that are ``placed``; None: all stay in
+    host memory.
     """
-    loaded = Loaded(*reader.load(is_ordered, restore is not None, numbers))
+    placed = placed or Placed({}, {})
+    takes_all = placed.restore is not None
+    if passage is None or passage.progress is None:
+        loaded = Loaded(*reader.load(is_ordered, takes_all, numbers, list(placed.storages)))
+    else:
+        with passage.step(_count_unread(reader, numbers, placed)) as tell:
+            loaded = Loaded(
+                *reader.load(is_ordered, takes_all, numbers, list(placed.storages), tell)
+            )
     if loaded.rest:
         all_numbers = range(reader.tensor_count) if numbers is None else numbers
-        rebuild_rest(reader, loaded, all_numbers, restore)
+        rebuild_rest(reader, loaded, all_numbers, placed)
     return loaded.by_name
 
 
-def verify(readers: Sequence[_core.Reader]) -> Verification:
-    """Compares every stored byte with its checksum; raises ChecksumError for the first file that
-    has others."""
-    parts = [_verify_file(reader) for reader in readers]
+def _count_unread(reader: _core.Reader, numbers: Sequence[int] | None, placed: Placed) -> int:
+    """How many bytes loading has yet to read."""
+    if reader.is_mapped:
+        return 0
+    records = {n: StorageRecord(*record) for n, record in reader.storages(numbers)}
+    return sum(r.nbytes for n, r in records.items() if n not in placed.storages)
+
+
+def verify(readers: Sequence[_core.Reader], passage: Passage | None = None) -> Verification:
+    """Compares every stored byte with its checksum, but for those of which ``passage`` knows;
+    raises ChecksumError for the first file that has others."""
+    parts = [_verify_file(reader, passage or Passage()) for reader in readers]
     unchecked = [name for part in parts for name in part.unchecked]
     return Verification(sum(part.checked_nbytes for part in parts), tuple(unchecked))
 
 
-def _verify_file(reader: _core.Reader) -> Verification:
-    damaged = set(reader.find_damage())
+def _verify_file(reader: _core.Reader, passage: Passage) -> Verification:
+    damaged = set(reader.find_damage(passage.right.get(reader, ())))
+    damaged.update(passage.damaged.get(reader, ()))
     names = reader.names()
     checked = 0
     unchecked = []

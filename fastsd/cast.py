@@ -14,18 +14,11 @@ from fastsd import _core, pickled
 from fastsd.errors import FastsdError, UnsupportedError
 from fastsd.pieces import PIECE_BYTES, Pieces
 from fastsd.tree import flatten
+from fastsd.upload import check_dtype, is_cast
 
 _SLAB_BYTES = 64 << 20
 _ALIGN_BYTES = 64
 _PIECE_ITEMS = PIECE_BYTES // 8  # of the widest dtype
-_CAST = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-
-
-def check_dtype(dtype: torch.dtype) -> None:
-    """Raises ValueError for one that nothing is cast to."""
-    if dtype not in _CAST:
-        names = ", ".join(sorted(str(t).removeprefix("torch.") for t in _CAST))
-        raise ValueError(f"dtype must be one of {names}, not {dtype}")
 
 
 class _Done(NamedTuple):
@@ -103,7 +96,7 @@ class Caster:
     def _cast_tensor(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
         if tensor.layout == torch.strided and not tensor.is_meta:
             self._check_sharing(tensor, place)
-        if tensor.dtype not in _CAST or tensor.dtype == self._dtype:
+        if not is_cast(tensor.dtype) or tensor.dtype == self._dtype:
             return tensor
         is_known = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_nested
         if tensor.layout != torch.strided or not is_known:
@@ -126,7 +119,7 @@ class Caster:
             return
         key = (storage.data_ptr(), storage.nbytes())
         dtype, other = self._dtypes.setdefault(key, (tensor.dtype, place))
-        if dtype != tensor.dtype and _CAST & {dtype, tensor.dtype}:
+        if dtype != tensor.dtype and (is_cast(dtype) or is_cast(tensor.dtype)):
             raise UnsupportedError(
                 f"{other!r} and {place!r} share memory as {dtype} and {tensor.dtype}, which they "
                 "would not once they were cast"

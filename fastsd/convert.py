@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastsd import _core, compare, pickled, shards, to_safetensors
-from fastsd.cast import Caster, check_dtype
+from fastsd.cast import Caster
 from fastsd.content import Changes, Content, Source, open_source, read_content
 from fastsd.errors import FastsdError, FormatError, UnsupportedError
 from fastsd.files import encode_path, is_stream_path
@@ -20,6 +20,7 @@ from fastsd.formats import fsd
 from fastsd.saving import Format, make_plan, plan_pickled, write
 from fastsd.transform import drop_keys
 from fastsd.tree import flatten
+from fastsd.upload import check_dtype
 
 _SUFFIXES: dict[str, Format] = {
     ".fsd": "fsd",

@@ -12,6 +12,7 @@ import torch
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import is_lazy
 
+from fastsd.deferred import can_defer
 from fastsd.errors import UnsupportedError
 
 
@@ -62,6 +63,10 @@ class Target:
     def _options(self) -> dict[str, bool]:
         options = {"strict": self._strict, "assign": self._assign}
         return {name: value for name, value in options.items() if value is not None}
+
+    def can_defer(self) -> bool:
+        """Whether copies into GPUs may be put off until all is loaded."""
+        return can_defer(self._target)
 
     def load(self, state: Any) -> Any:
         """Loads a state_dict; returns what the target's own method returns."""

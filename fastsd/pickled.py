@@ -33,6 +33,7 @@ from fastsd.formats import fsd
 from fastsd.names import NameRules
 from fastsd.placement import fakes_tensors, skips_data
 from fastsd.tensors import CPU, Describer
+from fastsd.upload import fetch, moved_by
 
 _STREAM = "data.pkl"
 _STORAGE = "data/"
@@ -247,7 +248,11 @@ def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling
 
     Raises FormatError where stream and storages disagree, and what torch.load raises.
     """
-    records = _Records(reader, stream)
+    with ExitStack() as moving:
+        return _load(_Records(reader, stream, moving), stream, map_location, how)
+
+
+def _load(records: _Records, stream: bytes, map_location: Any, how: Unpickling) -> Any:
     load_args = {"encoding": "utf-8", **how.load_args}
     if not is_restricted(how):
         module = how.pickle_module or pickle
@@ -263,18 +268,18 @@ def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling
             return _load_sparse(records, map_location, load_args)
         return serialization._load(records, map_location, _weights_only_unpickler, **load_args)
     except pickle.UnpicklingError as error:
-        raise pickle.UnpicklingError(explain(reader.name, str(error))) from None
+        raise pickle.UnpicklingError(explain(records.path, str(error))) from None
     except (MemoryError, OSError):
         raise
     except Exception as error:
         if not _is_from_unpickling(error):
             raise  # what a map_location, or a class that was declared safe, has to say
         if type(error) in (RuntimeError, ValueError):
-            raise type(error)(f"{reader.name}: {error}") from error
+            raise type(error)(f"{records.path}: {error}") from error
         if isinstance(error, RuntimeError):  # out of a device's memory, for one
             raise
         detail = f"section pickle is damaged: {type(error).__name__}: {error}"
-        raise pickle.UnpicklingError(f"{reader.name}: {detail}") from error
+        raise pickle.UnpicklingError(f"{records.path}: {detail}") from error
 
 
 def _is_from_unpickling(error: BaseException) -> bool:
@@ -468,10 +473,16 @@ def find_unsafe_globals(stream: bytes, path: str) -> list[str]:
 
 
 class _Records:
-    """What torch takes for a zip file to read from."""
+    """What torch takes for a zip file to read from.
 
-    def __init__(self, reader: _core.Reader, stream: bytes) -> None:
+    As long as ``moving`` is open, what torch moves of a mapped file to an accelerator is read from
+    the file. That is done at once, as what is being unpickled may look at it.
+    """
+
+    def __init__(self, reader: _core.Reader, stream: bytes, moving: ExitStack) -> None:
         self._reader = reader
+        self._moving = moving
+        self.path = reader.name
         self._stream = stream
         self._byte_order = reader.section(fsd.Section.BYTE_ORDER)
         if reader.format == "fsd":
@@ -493,7 +504,21 @@ class _Records:
         if self._storages is None:
             self._storages = self._reader.load_storages()
         tensor = self._storages[key]
-        return tensor if nbytes == stored else self._cut(tensor.untyped_storage(), nbytes)
+        if nbytes < stored:
+            tensor = self._cut(tensor.untyped_storage(), nbytes)
+        # Those in the other byte order are turned around in memory before they are moved.
+        if self._reader.is_mapped and self._byte_order != b"big":
+            self._read_when_moved(key, tensor.untyped_storage())
+        return tensor
+
+    def _read_when_moved(self, key: str, storage: torch.UntypedStorage) -> None:
+        offset, _ = self._places[key]
+        reader = self._reader
+
+        def move(device: torch.device) -> torch.UntypedStorage:
+            return fetch(reader, offset, storage.nbytes(), device)
+
+        self._moving.enter_context(moved_by(storage, move))
 
     def get_record_offset(self, name: str) -> int:
         return self._find(name)[1]

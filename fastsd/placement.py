@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch._guards import detect_fake_mode
 from torch.serialization import _get_restore_location
 
-from fastsd.archive import Restore
-from fastsd.tensors import CPU
+from fastsd import _core
+from fastsd.errors import UnsupportedError
+from fastsd.storages import place
+from fastsd.tensors import CPU, Placed, Restore
+from fastsd.upload import Passage
 
 _STAY = {CPU, "meta"}  # a meta storage has no bytes to move, and torch leaves it where it is
 
@@ -57,6 +61,25 @@ def find_restore(map_location: Any, devices: list[str]) -> Restore | None:
         return None
     restore = _get_restore_location(map_location)
     return restore
+
+
+def place_storages(
+    reader: _core.Reader, map_location: Any, numbers: Sequence[int] | None, passage: Passage
+) -> Placed:
+    """Storages of tensors, of all or those of ascending numbers, where ``map_location`` puts them,
+    and cast. Raises what `find_restore` and `storages.place` raise."""
+    restore = find_restore(map_location, reader.devices)
+    if restore is None and passage.dtype is None:
+        return Placed({}, {})
+    if fakes_tensors() or skips_data():
+        if passage.dtype is not None:
+            detail = "dtype cannot be had under FakeTensorMode or torch.serialization.skip_data"
+            raise UnsupportedError(detail)
+        return Placed({}, {}, restore)
+    asks_each = asks_packages() or (
+        callable(map_location) and not isinstance(map_location, (dict, torch.device))
+    )
+    return place(reader, restore, numbers, passage, asks_each=asks_each)
 
 
 def _find_fake_restore(map_location: Any) -> Restore:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from fastsd import _core, pickled, tree
-from fastsd.archive import Restore, load_tensors
-from fastsd.errors import FormatError
+from fastsd.archive import load_tensors
+from fastsd.errors import DeviceError, FormatError, UnsupportedError
 from fastsd.formats import fsd
 from fastsd.names import Choice, NameRules
-from fastsd.placement import find_restore
+from fastsd.placement import place_storages
+from fastsd.upload import Passage
 
 Numbers = list[int] | None
 """Of the tensors in a file that were loaded; None: all."""
@@ -27,19 +28,23 @@ def restore(
     map_location: Any,
     how: pickled.Unpickling,
     rules: NameRules | None = None,
+    passage: Passage | None = None,
 ) -> tuple[Any, list[Numbers]]:
     """What is in the files, which are one archive, and of each the numbers of its tensors.
 
-    Raises FormatError, NamesError, and what torch raises for a pickle or a ``map_location``.
+    Raises FormatError, NamesError, DeviceError, UnsupportedError for a `Passage.dtype` that cannot
+    be had, and what torch raises for a pickle or a ``map_location``.
     """
-    if rules is None or any(_needs_unpickling(reader, how) for reader in readers):
-        obj = _merge([_restore_whole(reader, map_location, how) for reader in readers], readers)
+    passage = passage or Passage()
+    if rules is None or any(needs_unpickling(reader, how) for reader in readers):
+        parts = [_restore_whole(reader, map_location, how, passage) for reader in readers]
+        obj = _merge(parts, readers)
         chosen = pickled.choose(obj, rules, readers[0].name) if rules else obj
         return chosen, [None] * len(readers)
     names = [name for reader in readers for name in reader.names()]
     choices = _split(rules.choose(names, readers[0].name), readers)
     parts = [
-        _restore_chosen(reader, map_location, choice)
+        _restore_chosen(reader, map_location, choice, passage)
         for reader, choice in zip(readers, choices, strict=True)
     ]
     return _merge(parts, readers), [choice.numbers for choice in choices]
@@ -51,10 +56,10 @@ def restore_partly(reader: _core.Reader) -> Any:
     text = reader.section(fsd.Section.TREE)
     if text is None:
         return None
-    return tree.restore_partly(text, list(load_tensors(reader, None).values()))
+    return tree.restore_partly(text, list(load_tensors(reader).values()))
 
 
-def _needs_unpickling(reader: _core.Reader, how: pickled.Unpickling) -> bool:
+def needs_unpickling(reader: _core.Reader, how: pickled.Unpickling) -> bool:
     """Whether an unpickler has to read it: a plain pickle only if another one than Python's is
     asked for, or with other arguments."""
     if not reader.is_plain or pickled.is_turned_by_default(reader):
@@ -88,13 +93,21 @@ def _split(choice: Choice, readers: Sequence[_core.Reader]) -> list[Choice]:
     return parts
 
 
-def _restore_whole(reader: _core.Reader, map_location: Any, how: pickled.Unpickling) -> Any:
-    if _needs_unpickling(reader, how):
+def _restore_whole(
+    reader: _core.Reader, map_location: Any, how: pickled.Unpickling, passage: Passage
+) -> Any:
+    if needs_unpickling(reader, how):
+        if passage.dtype is not None:
+            raise UnsupportedError(
+                "dtype is for files of plain data; this one has to be unpickled: load it, and cast "
+                "what it holds, or have fastsd.convert do so",
+                path=reader.name,
+            )
         stream = reader.section(fsd.Section.PICKLE)
         assert stream is not None
         return pickled.load(reader, stream, map_location, how)
     with _naming(reader):
-        return _restore_plain(reader, find_restore(map_location, reader.devices))
+        return _restore_plain(reader, map_location, passage)
 
 
 @contextmanager
@@ -102,28 +115,40 @@ def _naming(reader: _core.Reader) -> Iterator[None]:
     """Errors of fastsd name the file; those of a ``map_location`` are torch's own."""
     try:
         yield
-    except FormatError as error:
+    except (FormatError, DeviceError) as error:
         error.path = reader.name
         raise
 
 
-def _restore_plain(reader: _core.Reader, restore: Restore | None) -> Any:
-    """The plain object that was saved; ``restore`` as for `load_tensors`."""
+def _restore_plain(reader: _core.Reader, map_location: Any, passage: Passage) -> Any:
+    """The plain object that was saved."""
     text = reader.section(fsd.Section.TREE)
     if text is not None:
-        return tree.restore_tree(text, list(load_tensors(reader, restore).values()))
+        return tree.restore_tree(text, list(_load(reader, map_location, None, passage).values()))
     metadata = tree.restore_metadata(reader.section(fsd.Section.STATE_METADATA))
     is_ordered = metadata is not None or bool(reader.file_flags & fsd.ROOT_IS_ORDERED_DICT)
-    return tree.restore_flat(load_tensors(reader, restore, is_ordered=is_ordered), metadata)
+    tensors = _load(reader, map_location, None, passage, is_ordered=is_ordered)
+    return tree.restore_flat(tensors, metadata)
+
+
+def _load(
+    reader: _core.Reader,
+    map_location: Any,
+    numbers: Numbers,
+    passage: Passage,
+    *,
+    is_ordered: bool = False,
+) -> dict[str, torch.Tensor]:
+    placed = place_storages(reader, map_location, numbers, passage)
+    return load_tensors(reader, placed, numbers, is_ordered=is_ordered, passage=passage)
 
 
 def _restore_chosen(
-    reader: _core.Reader, map_location: Any, choice: Choice
+    reader: _core.Reader, map_location: Any, choice: Choice, passage: Passage
 ) -> dict[str, torch.Tensor]:
     """Chosen tensors under their new names, with the `_metadata` of their modules."""
     with _naming(reader):
-        restore = find_restore(map_location, reader.devices)
-        tensors = load_tensors(reader, restore, choice.numbers)
+        tensors = _load(reader, map_location, choice.numbers, passage)
     text = reader.section(fsd.Section.TREE)
     prefix = choice.rules.prefix
     if text is None:

@@ -7,6 +7,7 @@ arrays.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from fastsd import _core, gpu
 from fastsd.errors import FormatError, NotPlainError, UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     Place = tuple[int, int] | None
     Described = tuple[int | None, int, tuple[int, ...], tuple[int, ...], int, int, int, Place]
@@ -56,6 +57,10 @@ _core.set_torch(
     torch.utils.dlpack.from_dlpack,
     getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
 )
+
+
+Restore = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
+"""Puts a storage, saved from the given device, where it belongs."""
 
 
 class TensorRecord(NamedTuple):
@@ -173,7 +178,7 @@ class Describer:
         if not gpu.is_served(device):
             return self._host_copy(storage).data_ptr(), None
         if device not in self._places:
-            self._places[device] = (device.index, gpu.current_stream(device))
+            self._places[device] = (gpu.ordinal_of(device), gpu.current_stream(device))
         return storage.data_ptr(), self._places[device]
 
     def _host_copy(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
@@ -247,6 +252,14 @@ def view_storage(
     return tensor
 
 
+def view_items(
+    storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, count: int
+) -> torch.Tensor:
+    """So many items of a storage, in a row; offset and count are in items."""
+    tensor = torch.empty(0, dtype=dtype, device=storage.device)
+    return tensor.set_(storage, offset, (count,), (1,))
+
+
 def apply_flags(name: str, tensor: torch.Tensor, flags: int) -> torch.Tensor:
     """The tensor with the properties that the flags name; a Parameter shares its memory."""
     if flags & (IS_CONJ | IS_NEG):
@@ -274,21 +287,30 @@ class Loaded(NamedTuple):
     bases: dict[int, torch.Tensor]
 
 
+class Placed(NamedTuple):
+    """Storages that are where they belong, by number; the dtypes that tensors have whose storages
+    were cast; and what puts storages where they belong that are not here, None: they stay in host
+    memory."""
+
+    storages: dict[int, torch.UntypedStorage]
+    dtypes: dict[int, torch.dtype]
+    restore: Restore | None = None
+
+
 def rebuild_rest(
     reader: _core.Reader,
     loaded: Loaded,
     numbers: Iterable[int],
-    restore: Callable[[torch.UntypedStorage, str], torch.UntypedStorage] | None,
+    placed: Placed,
 ) -> None:
     """Fills in the tensors that the core has left to Python.
 
-    ``numbers`` are those of all that were loaded, ascending. ``restore`` puts a storage, saved from
-    the given device, where it belongs (None: it stays). Tensors that shared a storage share it
+    ``numbers`` are those of all that were loaded, ascending. Tensors that shared a storage share it
     again.
     """
     by_name, rest, bases = loaded
     names = dict(zip(numbers, by_name, strict=True))
-    storages: dict[int, torch.UntypedStorage] = {}
+    storages = dict(placed.storages)
     for number in rest:
         name = names[number]
         record = TensorRecord(*reader.tensor(number))
@@ -296,21 +318,37 @@ def rebuild_rest(
         if original != name:
             by_name[name] = by_name[original]
             continue
-        dtype = dtype_of(record.dtype)
-        stored = StorageRecord(*reader.storage(record.storage))
-        if stored.has_no_data:
-            tensor = torch.empty_strided(record.shape, record.stride, dtype=dtype, device="meta")
-        else:
+        if record.storage not in storages or record.flags & IS_ARRAY:
+            stored = StorageRecord(*reader.storage(record.storage))
+            if stored.has_no_data:
+                dtype = placed.dtypes.get(record.storage) or dtype_of(record.dtype)
+                meta = torch.empty_strided(record.shape, record.stride, dtype=dtype, device="meta")
+                by_name[name] = apply_flags(name, meta, record.flags)
+                continue
             storage = bases[record.storage].untyped_storage()
             if record.flags & IS_ARRAY:
-                with _disable_current_modes():  # arrays are never fake
-                    tensor = view_storage(storage, dtype, record.storage_offset, record)
-            else:
-                if restore is not None:
-                    if record.storage not in storages:
-                        storages[record.storage] = restore(storage, stored.device)
-                    storage = storages[record.storage]
-                    if storage.device.type == "meta":
-                        storage._checkpoint_offset = stored.offset  # as torch.load does
-                tensor = view_storage(storage, dtype, record.storage_offset, record)
+                by_name[name] = _view_array(storage, record)
+                continue
+            storages[record.storage] = _restore(storage, stored, placed.restore)
+        storage = storages[record.storage]
+        dtype = placed.dtypes.get(record.storage) or dtype_of(record.dtype)
+        tensor = view_storage(storage, dtype, record.storage_offset, record)
         by_name[name] = apply_flags(name, tensor, record.flags)
+
+
+def _view_array(storage: torch.UntypedStorage, record: TensorRecord) -> torch.Tensor:
+    with _disable_current_modes():  # arrays are never fake
+        return view_storage(storage, dtype_of(record.dtype), record.storage_offset, record)
+
+
+def _restore(
+    storage: torch.UntypedStorage, record: StorageRecord, restore: Restore | None
+) -> torch.UntypedStorage:
+    return storage if restore is None else mark_place(restore(storage, record.device), record)
+
+
+def mark_place(storage: torch.UntypedStorage, record: StorageRecord) -> torch.UntypedStorage:
+    """The storage, which says where its bytes are if it has none, as torch.load has it."""
+    if storage.device.type == "meta":
+        storage._checkpoint_offset = record.offset
+    return storage

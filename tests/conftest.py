@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 from hypothesis import settings
+from stub_gpu import stub_gpu  # noqa: F401  (a fixture)
 
 import fastsd
 

@@ -65,7 +65,7 @@ def make_state():
 
 
 def test_the_core_finds_the_gpus():
-    assert _core.count_gpus() == torch.cuda.device_count()
+    assert _core.cuda_device_count() == torch.cuda.device_count()
 
 
 @pytest.mark.parametrize("durable", [False, True])

@@ -79,12 +79,13 @@ def stub(monkeypatch):
     monkeypatch.setattr(tensors, "location_tag", tag)
     monkeypatch.setattr(tensors.Describer, "_find", find_unreadable)
     _core.set_cuda_library(str(LIBRARY))
-    assert _core.count_gpus() == 2
+    assert _core.cuda_device_count() == 2
     for count in ("copies", "bytes", "fail_copy", "misuses"):
         stub.set(count, 0)
     _core.set_torch(*arguments, None)  # or else the core would see where they are
     yield stub
     _core.set_torch(*arguments, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+    _core.release_pinned()
     _core.set_cuda_library("")
     assert (stub.get("streams"), stub.get("events"), stub.get("misuses")) == (0, 0, 0)
 

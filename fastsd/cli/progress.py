@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastsd.cli import terminal
+from fastsd.progress import make_bar
 from fastsd.zoo import Outcome
 
 _LINE_SECONDS = 5.0
@@ -60,25 +61,7 @@ class Bar:
     """A bar with bytes, rate and time left."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=Console(file=sys.stderr, markup=False, emoji=False, highlight=False),
-            transient=True,
-        )
+        self._progress = make_bar(is_transient=True)
         self._task: Any = None
         self._items = self._finished = 0
 

@@ -46,7 +46,7 @@ void require_sound_view(const Index& index, const TensorRecord& tensor) {
 // A walk over a text that must be JSON.
 class Json {
  public:
-  Json(const std::string& text, std::uint64_t tensors)
+  Json(const std::string& text, std::optional<std::uint64_t> tensors)
       : at_(text.data()), end_(at_ + text.size()), tensors_(tensors) {}
 
   void run() {
@@ -116,20 +116,20 @@ class Json {
     } while (skip(','));
     expect(close);
     // Among other members that name says nothing.
-    if (key == "$tensor" && members == 1) require_tensor(skip_space(first));
+    if (tensors_ && key == "$tensor" && members == 1) require_tensor(skip_space(first));
   }
 
   void require_tensor(const char* digit) const {
     require(is_digit(*digit), "a tensor of a tree has a number");
     std::uint64_t number = 0;
-    for (; is_digit(*digit) && number < tensors_; ++digit)
+    for (; is_digit(*digit) && number < *tensors_; ++digit)
       number = 10 * number + static_cast<std::uint64_t>(*digit - '0');
-    require(number < tensors_, "a tensor of a tree is in the list");
+    require(number < *tensors_, "a tensor of a tree is in the list");
   }
 
   const char* at_;
   const char* end_;
-  std::uint64_t tensors_;
+  std::optional<std::uint64_t> tensors_;
 };
 
 // A zip file's checksums of 0 stand for none.
@@ -171,7 +171,7 @@ void require_sound(const Tables& tables) {
   require_sound(tables.index(), tables.file_bytes, tables.devices.size());
 }
 
-void require_json(std::string_view text, std::uint64_t tensors) {
+void require_json(std::string_view text, std::optional<std::uint64_t> tensors) {
   require(is_utf8(text), "a JSON text is UTF-8");
   Json(std::string(text), tensors).run();
 }

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -49,8 +50,9 @@ inline File file_of(std::string_view content) { return file_of(content, content.
 void require_sound(const Index& index, std::uint64_t file_bytes, std::size_t devices);
 void require_sound(const Tables& tables);
 
-// That a text is JSON (RFC 8259), and names tensors `{"$tensor":N}` only below `tensors`.
-void require_json(std::string_view text, std::uint64_t tensors);
+// That a text is JSON (RFC 8259) and, if it is a tree, names tensors `{"$tensor":N}` only below
+// `tensors`.
+void require_json(std::string_view text, std::optional<std::uint64_t> tensors);
 
 // Numbers taken from the front of an input; zeros behind its end.
 class Input {

@@ -17,7 +17,7 @@ void read(const File& file) {
     require_sound(tables);
     require(tables.file_bytes == file.bytes(), "a file is as large as it is");
     for (const auto& [kind, text] : tables.sections)
-      if (kind == Section::kMetadata) require_json(text, 0);
+      if (kind == Section::kMetadata) require_json(text, std::nullopt);
   } catch (const Error& error) {
     require(*error.what() != '\0' && error.kind != Failure::kSystem, "an error says what is wrong");
   }

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -109,14 +110,17 @@ Interrupt check_signals_and_tell(const py::object& on_done,
 
 // ---- Saving ----
 
+// A GPU by its ordinal, and the handle of the stream that its memory belongs to.
+using Place = std::pair<int, std::uintptr_t>;
+
 // A view that Python describes: (address or None for a meta tensor, dtype number, shape, stride,
-// flags, device number, identity).
-using Described =
-    std::tuple<std::optional<std::uintptr_t>, std::uint16_t, std::vector<std::int64_t>,
-               std::vector<std::int64_t>, std::uint16_t, std::uint16_t, std::uintptr_t>;
+// flags, device number, identity, the GPU that it lies on).
+using Described = std::tuple<std::optional<std::uintptr_t>, std::uint16_t,
+                             std::vector<std::int64_t>, std::vector<std::int64_t>, std::uint16_t,
+                             std::uint16_t, std::uintptr_t, std::optional<Place>>;
 
 void add_described(Plan& plan, std::string_view name, const Described& described) {
-  const auto& [address, dtype, shape, stride, flags, device, identity] = described;
+  const auto& [address, dtype, shape, stride, flags, device, identity, place] = described;
   if (find_dtype(dtype) == nullptr || shape.size() != stride.size())
     throw py::value_error("bad description of tensor " + std::string(name));
   std::vector<std::int64_t> dims(shape);
@@ -124,9 +128,18 @@ void add_described(Plan& plan, std::string_view name, const Described& described
   const auto pointer = [](std::uintptr_t number) {
     return reinterpret_cast<const std::byte*>(number);  // NOLINT(performance-no-int-to-ptr)
   };
-  plan.add({name, pointer(address.value_or(0)), DType{dtype}, flags, device, !address,
-            pointer(identity), static_cast<std::uint32_t>(shape.size())},
-           dims.data());
+  plan.add(
+      {name, pointer(address.value_or(0)), DType{dtype}, flags, device, !address, pointer(identity),
+       static_cast<std::uint32_t>(shape.size()), place ? place->first : kHost},
+      dims.data());
+}
+
+cuda::Streams streams_of(const std::map<int, std::uintptr_t>& places) {
+  cuda::Streams streams;
+  for (const auto& [gpu, handle] : places)
+    streams.emplace_back(
+        gpu, reinterpret_cast<cuda::StreamHandle>(handle));  // NOLINT(performance-no-int-to-ptr)
+  return streams;
 }
 
 std::string_view utf8(const py::handle& text) {
@@ -191,14 +204,18 @@ class TensorPlan {
       const std::string_view name = utf8(PyList_GET_ITEM(names.ptr(), static_cast<Py_ssize_t>(i)));
       PlainTensor plain{};
       if (!describe_plain(tensor.ptr(), &has_refused, &plain)) {
-        add_described(plan_, name,
-                      describe(py::str(name.data(), name.size()), tensor).cast<Described>());
+        const auto described =
+            describe(py::str(name.data(), name.size()), tensor).cast<Described>();
+        add_described(plan_, name, described);
+        const std::optional<Place>& place = std::get<std::optional<Place>>(described);
+        if (place) places_.insert(*place);
         continue;
       }
       dims.assign(plain.shape, plain.shape + plain.rank);
       dims.insert(dims.end(), plain.stride, plain.stride + plain.rank);
-      plan_.add({name, plain.data, plain.dtype->dtype, 0, 0, false, tensor.ptr(), plain.rank},
-                dims.data());
+      plan_.add(
+          {name, plain.data, plain.dtype->dtype, 0, 0, false, tensor.ptr(), plain.rank, kHost},
+          dims.data());
     }
   }
 
@@ -247,7 +264,7 @@ class TensorPlan {
                                     const std::vector<const MappedFile*>& mapped,
                                     const py::object& on_written) {
     std::atomic<std::uint64_t> written{0};
-    const WriteOptions options{durable, checksum, mappings_of(mapped), &written};
+    const WriteOptions options{durable, checksum, sources(mapped), &written};
     const Interrupt poll = check_signals_and_tell(on_written, written);
     const py::gil_scoped_release no_gil;
     return prepare_file(path, *layout_, options, poll);
@@ -266,38 +283,37 @@ class TensorPlan {
   }
 
   void prepare(bool checksum, const std::vector<const MappedFile*>& mapped) {
-    const WriteOptions options{false, checksum, mappings_of(mapped)};
+    const WriteOptions options{false, checksum, sources(mapped)};
     const py::gil_scoped_release no_gil;
     checksum_storages(*layout_, options, check_signals);
-    content_.emplace(*layout_);
+    content_.emplace(*layout_, options.sources);
   }
 
-  void gather_into(std::uint64_t begin, const py::buffer& buffer,
-                   const std::vector<const MappedFile*>& mapped) const {
+  void gather_into(std::uint64_t begin, const py::buffer& buffer) {
     const py::buffer_info target = buffer.request(/*writable=*/true);
     const auto bytes = static_cast<std::uint64_t>(target.size * target.itemsize);
     if (begin > layout_->file_bytes() || bytes > layout_->file_bytes() - begin)
       throw py::value_error("range outside the file");
-    const Mappings mappings = mappings_of(mapped);
     const py::gil_scoped_release no_gil;
-    content_.value().gather(begin, begin + bytes, static_cast<std::byte*>(target.ptr), mappings);
+    content_.value().gather(begin, begin + bytes, static_cast<std::byte*>(target.ptr));
   }
 
   std::uint64_t file_bytes() const { return layout_->file_bytes(); }
 
  private:
-  static Mappings mappings_of(const std::vector<const MappedFile*>& files) {
+  Sources sources(const std::vector<const MappedFile*>& files) const {
     Mappings mappings;
     for (const MappedFile* file : files) mappings.push_back({file->memory(), &file->file()});
     std::sort(mappings.begin(), mappings.end(), [](const Mapping& a, const Mapping& b) {
       return a.memory.begin() < b.memory.begin();
     });
-    return mappings;
+    return {std::move(mappings), streams_of(places_)};
   }
 
   py::list tensors_;
-  py::function describe_;  // keeps the copies that it has made
-  Plan plan_;              // until it is laid out
+  py::function describe_;                 // keeps the copies that it has made
+  std::map<int, std::uintptr_t> places_;  // the GPUs that tensors lie on, and their streams
+  Plan plan_;                             // until it is laid out
   std::unique_ptr<Layout> layout_;
   std::optional<Content> content_;
 };
@@ -711,9 +727,9 @@ void register_plan(py::module_& module) {
       .def("write", &TensorPlan::write, py::arg("path"), py::arg("durable"), py::arg("checksum"),
            py::arg("mapped") = py::tuple(), py::arg("on_written") = py::none())
       .def("reads_from", &TensorPlan::reads_from, py::arg("descriptor"), py::arg("offset"))
-      .def("prepare", &TensorPlan::prepare, py::arg("checksum"), py::arg("mapped") = py::tuple())
-      .def("gather", &TensorPlan::gather_into, py::arg("begin"), py::arg("target"),
-           py::arg("mapped") = py::tuple())
+      .def("prepare", &TensorPlan::prepare, py::arg("checksum"), py::arg("mapped") = py::tuple(),
+           py::keep_alive<1, 3>())
+      .def("gather", &TensorPlan::gather_into, py::arg("begin"), py::arg("target"))
       .def_property_readonly("file_bytes", &TensorPlan::file_bytes);
   module.def(
       "has_safetensors_dtype",

@@ -271,34 +271,41 @@ const std::byte* Plan::bytes_in_place(std::size_t storage, std::uint64_t begin) 
   return source.is_gapless ? source.data + begin : nullptr;
 }
 
-void Plan::fill(std::size_t storage, std::uint64_t begin, std::uint64_t end,
-                std::byte* target) const {
-  const Source& source = sources_[storage];
-  if (source.is_gapless) {
-    std::memcpy(target, source.data + begin, end - begin);
+void Plan::fill(std::size_t storage, std::uint64_t begin, std::uint64_t end, std::byte* target,
+                const std::byte* copy) const {
+  const Source& from = sources_[storage];
+  // Byte 0 of the storage, or where it would be before what was copied.
+  const std::byte* data =
+      copy == nullptr ? from.data : copy - (source(storage, begin, end).begin() - from.data);
+  if (from.is_gapless) {
+    std::memcpy(target, data + begin, end - begin);
     return;
   }
-  if (source.member_count == 0) {
-    copy_row_major(strided(source.tensor), source.data, begin, end, target);
+  if (from.member_count == 0) {
+    copy_row_major(strided(from.tensor), data, begin, end, target);
     return;
   }
   std::memset(target, 0, end - begin);
-  for (std::uint32_t i = 0; i < source.member_count; ++i) {
-    const Member& member = members_[source.first_member + i];
-    const std::uint64_t member_begin = distance(source.data, member.begin);
-    const std::uint64_t member_end = distance(source.data, member.end);
-    const std::uint64_t from = std::max(begin, member_begin);
-    const std::uint64_t to = std::min(end, member_end);
-    if (from >= to) continue;
-    copy_reachable(strided(member.tensor), member.begin, from - member_begin, to - member_begin,
-                   target + (from - begin));
+  for (std::uint32_t i = 0; i < from.member_count; ++i) {
+    const Member& member = members_[from.first_member + i];
+    const std::uint64_t member_begin = distance(from.data, member.begin);
+    const std::uint64_t member_end = distance(from.data, member.end);
+    const std::uint64_t first = std::max(begin, member_begin);
+    const std::uint64_t last = std::min(end, member_end);
+    if (first >= last) continue;
+    copy_reachable(strided(member.tensor), data + member_begin, first - member_begin,
+                   last - member_begin, target + (first - begin));
   }
 }
 
 Span<std::byte> Plan::source(std::size_t storage, std::uint64_t begin, std::uint64_t end) const {
   const Source& source = sources_[storage];
-  if (!source.is_gapless && source.member_count == 0) return {source.data, extents_[source.tensor]};
-  return {source.data + begin, end - begin};
+  if (source.is_gapless) return {source.data + begin, end - begin};
+  if (source.member_count == 0) return {source.data, extents_[source.tensor]};
+  // The bytes that were put before the first view are nobody's.
+  const std::uint64_t lead = distance(source.data, members_[source.first_member].begin);
+  const std::uint64_t first = std::min(std::max(begin, lead), end);
+  return {source.data + first, end - first};
 }
 
 }  // namespace fastsd

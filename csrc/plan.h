@@ -13,7 +13,10 @@
 
 namespace fastsd {
 
-// One tensor to be saved. Its memory must stay alive and unchanged until it has been written.
+constexpr int kHost = -1;
+
+// One tensor to be saved. Its memory must stay alive and unchanged until it has been written. What
+// lies on GPUs is planned as the rest is: addresses are those of one space.
 struct View {
   std::string_view name;  // UTF-8; need only live until add() returns
   const std::byte* data;  // the first element; nullptr for a meta tensor
@@ -23,6 +26,7 @@ struct View {
   bool has_no_data;      // a meta tensor
   const void* identity;  // views with the same identity are the same object
   std::uint32_t rank;
+  int gpu = kHost;  // the ordinal of that in whose memory it lies
 };
 
 // Tensors about to be written, and the storages that hold their bytes. One of the three finish...()
@@ -54,12 +58,19 @@ class Plan {
   const std::vector<StorageRecord>& storages() const { return storages_; }
   Index index() const;
 
+  // The GPU that a storage with bytes lies on, or kHost.
+  int gpu(std::size_t storage) const { return views_[sources_[storage].tensor].gpu; }
+
   // The bytes [begin, end) of a storage, if they can be taken from memory as they are; otherwise
   // nullptr, and fill() makes them.
   const std::byte* bytes_in_place(std::size_t storage, std::uint64_t begin) const;
-  void fill(std::size_t storage, std::uint64_t begin, std::uint64_t end, std::byte* target) const;
 
-  // The memory that fill() reads for the bytes [begin, end) of a storage, or more.
+  // `copy`: of source(storage, begin, end), to be read in its place; nullptr: that is read itself.
+  void fill(std::size_t storage, std::uint64_t begin, std::uint64_t end, std::byte* target,
+            const std::byte* copy = nullptr) const;
+
+  // The memory that fill() reads for the bytes [begin, end) of a storage, or more. All of it lies
+  // between the first and the last byte that views reach.
   Span<std::byte> source(std::size_t storage, std::uint64_t begin, std::uint64_t end) const;
 
  private:

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <iterator>
 #include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "checksum.h"
@@ -24,12 +26,19 @@ constexpr std::size_t kBufferedThreads = 2;
 constexpr std::size_t kDirectThreads = 4;
 static_assert(kDirectThreads * kDirectWindowBytes < kWriteMemoryBytes);
 static_assert(kBufferedThreads * kBufferedWindowBytes < kWriteMemoryBytes);
+static_assert(kDirectWindowBytes <= cuda::kSlabBytes);
 
 // Smaller files are written by the calling thread alone. Writers that wait for each other, and for
 // the journal, let their processors go to sleep; on a virtual machine waking one takes
 // milliseconds.
 constexpr std::uint64_t kParallelBytesMin = std::uint64_t{64} << 20U;
 constexpr std::uint64_t kParallelBytesMinInMemory = std::uint64_t{8} << 20U;
+
+// One thread alone would wait for each window to come from a GPU before it writes it.
+constexpr std::uint64_t kParallelBytesMinFromGpus = std::uint64_t{8} << 20U;
+
+// Strided bytes of a GPU are gathered from host copies of so much.
+constexpr std::uint64_t kStridedStepBytes = std::uint64_t{1} << 20U;
 
 // Below this a copy into the window's own memory costs less than a piece of its own in the system
 // call.
@@ -149,13 +158,82 @@ void fetch(const Plan& plan, const Piece& piece, const Mappings& mappings, std::
   if (source == nullptr) drop_source(plan, piece, mappings);
 }
 
+bool is_on_gpu(const Plan& plan, const Piece& piece) { return plan.gpu(piece.storage) != kHost; }
+
 // Where the bytes of a piece may be taken from without fetching them; nullptr: nowhere.
 const std::byte* find_in_memory(const Plan& plan, const Piece& piece, const Mappings& mappings) {
   const std::byte* source = plan.bytes_in_place(piece.storage, piece.begin);
-  if (source == nullptr || find_mapping(mappings, source, piece.end - piece.begin) != nullptr)
+  if (source == nullptr || is_on_gpu(plan, piece) ||
+      find_mapping(mappings, source, piece.end - piece.begin) != nullptr)
     return nullptr;
   return source;
 }
+
+}  // namespace
+
+// One thread's way to what lies on GPUs.
+class GpuReader {
+ public:
+  GpuReader(const Layout& layout, const cuda::Streams& streams)
+      : layout_(layout), download_(streams, layout.file_bytes()) {}
+
+  // Nothing where nothing lies on any.
+  static std::unique_ptr<GpuReader> open(const Layout& layout, const cuda::Streams& streams) {
+    return streams.empty() ? nullptr : std::make_unique<GpuReader>(layout, streams);
+  }
+
+  // Brings what of [begin, end) of the data lies on GPUs into a slab, which stands for `begin` on.
+  // No slab: none of it does. REQUIRES: end - begin <= cuda::kSlabBytes.
+  void fetch(std::uint64_t begin, std::uint64_t end, std::optional<cuda::Landing>* landing) {
+    const auto add_piece = [&](const Piece& piece) {
+      if (!is_on_gpu(layout_.plan(), piece)) return;
+      if (!*landing) landing->emplace(&download_);
+      copy(piece, (*landing)->data() + (piece.file_offset - begin));
+    };
+    for_each_piece(layout_, std::max(begin, layout_.data_begin()), end, add_piece,
+                   [](std::size_t, std::uint64_t, std::uint64_t) {});
+    if (*landing) download_.wait();
+  }
+
+ private:
+  void copy(const Piece& piece, std::byte* target) {
+    const Plan& plan = layout_.plan();
+    const int gpu = plan.gpu(piece.storage);
+    const std::byte* source = plan.bytes_in_place(piece.storage, piece.begin);
+    if (source != nullptr) {
+      download_.copy(target, source, piece.end - piece.begin, gpu);
+      return;
+    }
+    for (std::uint64_t at = piece.begin; at < piece.end; at += kStridedStepBytes) {
+      const std::uint64_t to = std::min(piece.end, at + kStridedStepBytes);
+      stage(plan.source(piece.storage, at, to), gpu);
+      plan.fill(piece.storage, at, to, target + (at - piece.begin), staged_->data());
+    }
+  }
+
+  // Makes the host copy that strided bytes are picked from. Of a tensor that is put into row-major
+  // order that is all of it, each time again.
+  void stage(const Span<std::byte>& source, int gpu) {
+    if (source.begin() == source_.begin() && source.size() == source_.size()) return;
+    if (!staged_ || source.size() > staged_bytes_) {
+      staged_.reset();
+      staged_bytes_ = std::max<std::uint64_t>(source.size(), kStridedStepBytes);
+      staged_ = Memory::allocate(staged_bytes_);
+    }
+    source_ = {};
+    download_.copy(staged_->data(), source.begin(), source.size(), gpu);
+    download_.wait();
+    source_ = source;
+  }
+
+  const Layout& layout_;
+  cuda::Download download_;
+  Span<std::byte> source_ = {};  // what the copy is of
+  std::shared_ptr<Memory> staged_;
+  std::uint64_t staged_bytes_ = 0;
+};
+
+namespace {
 
 // Memory for one window. Empty until it is needed.
 class Slab {
@@ -173,13 +251,23 @@ class Slab {
 };
 
 struct Worker {
-  explicit Worker(std::uint64_t slab_bytes) : slab(slab_bytes) {}
+  Worker(const Layout& layout, const Sources& sources, std::uint64_t slab_bytes)
+      : slab(slab_bytes), gpus(GpuReader::open(layout, sources.streams)) {}
 
   Slab slab;
+  std::unique_ptr<GpuReader> gpus;
   Checksums checksums;
   std::vector<iovec> pieces;
   std::string gap;
 };
+
+std::vector<Worker> make_workers(std::size_t count, const Layout& layout, const Sources& sources,
+                                 std::uint64_t slab_bytes) {
+  std::vector<Worker> workers;
+  workers.reserve(count);
+  for (std::size_t i = 0; i < count; ++i) workers.emplace_back(layout, sources, slab_bytes);
+  return workers;
+}
 
 void join_checksums(const Checksum& checksum, const std::vector<Worker>& workers,
                     std::vector<StorageRecord>& storages) {
@@ -229,7 +317,7 @@ class FileWriter {
     const std::uint64_t first = data_begin / window_bytes_;
     const std::uint64_t count = (layout_.data_end() + window_bytes_ - 1) / window_bytes_ - first;
     const std::size_t threads = thread_count();
-    std::vector<Worker> workers(threads, Worker(window_bytes_));
+    std::vector<Worker> workers = make_workers(threads, layout_, options_.sources, window_bytes_);
     if (checksum_ != nullptr) mark_checksummed(plan_.storages());
     run_parallel(count, threads, interrupt, [&](std::size_t worker, std::size_t i) {
       const std::uint64_t begin = (first + i) * window_bytes_;
@@ -237,7 +325,7 @@ class FileWriter {
                    std::min(begin + window_bytes_, layout_.data_end()));
     });
     if (checksum_ != nullptr) join_checksums(*checksum_, workers, plan_.storages());
-    const Content content(layout_);
+    Content content(layout_, options_.sources);
     write_gaps(content, workers[0].slab);
     write_range(content, 0, layout_.data_begin(), workers[0].slab);
     write_range(content, layout_.data_end(), layout_.file_bytes(), workers[0].slab);
@@ -249,8 +337,9 @@ class FileWriter {
  private:
   std::size_t thread_count() const {
     if (is_direct_) return kDirectThreads;
-    const std::uint64_t bytes_min =
-        file_.is_in_memory() ? kParallelBytesMinInMemory : kParallelBytesMin;
+    const std::uint64_t bytes_min = !options_.sources.streams.empty() ? kParallelBytesMinFromGpus
+                                    : file_.is_in_memory()            ? kParallelBytesMinInMemory
+                                                                      : kParallelBytesMin;
     return layout_.file_bytes() < bytes_min ? 1 : std::min(kBufferedThreads, processor_count());
   }
 
@@ -266,17 +355,19 @@ class FileWriter {
     std::uint64_t written = begin;  // what precedes it is among the pieces
     std::uint64_t copied = begin;   // what lies between the two is in the slab
     std::uint32_t crc = 0;          // of the last storage, if all of it is in the window
+    std::optional<cuda::Landing> landing;
+    if (worker.gpus) worker.gpus->fetch(begin, end, &landing);
+    const auto slab = [&] { return landing ? landing->data() : worker.slab.data(); };
     const auto flush = [&] {
-      if (copied > written)
-        worker.pieces.push_back({worker.slab.data() + (written - begin), copied - written});
+      if (copied > written) worker.pieces.push_back({slab() + (written - begin), copied - written});
       written = copied;
     };
     const auto add_piece = [&](const Piece& piece) {
       const std::uint64_t bytes = piece.end - piece.begin;
-      const std::byte* source = find_in_memory(plan_, piece, options_.mappings);
+      const std::byte* source = find_in_memory(plan_, piece, options_.sources.mappings);
       if (source == nullptr || bytes < kInPlaceBytesMin || is_direct_) {
-        std::byte* target = worker.slab.data() + (copied - begin);
-        fetch(plan_, piece, options_.mappings, target);
+        std::byte* target = slab() + (copied - begin);
+        if (!is_on_gpu(plan_, piece)) fetch(plan_, piece, options_.sources.mappings, target);
         source = target;
         copied += bytes;
       } else {
@@ -290,17 +381,17 @@ class FileWriter {
       crc = bytes == storage.bytes ? storage.crc32c : 0;
     };
     const auto add_gap = [&](std::size_t storage, std::uint64_t from, std::uint64_t to) {
-      fill_gap(layout_, storage, crc, from, to, worker.slab.data() + (from - begin), &worker.gap);
+      fill_gap(layout_, storage, crc, from, to, slab() + (from - begin), &worker.gap);
       copied = to;
     };
     if (begin < layout_.data_begin()) {  // the end of the head, which comes later
       copied = layout_.data_begin();
-      std::memset(worker.slab.data(), 0, copied - begin);
+      std::memset(slab(), 0, copied - begin);
     }
     for_each_piece(layout_, copied, end, add_piece, add_gap);
     if (is_direct_) {
       const std::uint64_t aligned = align_up(copied, kDirectAlignBytes);
-      std::memset(worker.slab.data() + (copied - begin), 0, aligned - copied);
+      std::memset(slab() + (copied - begin), 0, aligned - copied);
       copied = aligned;
     }
     flush();
@@ -310,7 +401,7 @@ class FileWriter {
 
   // Writes those gaps again that were written without the checksum of the storage before them:
   // the two did not lie in one window.
-  void write_gaps(const Content& content, Slab& slab) {
+  void write_gaps(Content& content, Slab& slab) {
     if (!layout_.has_gaps()) return;
     const StorageRecord* before = nullptr;
     for (const StorageRecord& storage : plan_.storages()) {
@@ -324,7 +415,7 @@ class FileWriter {
 
   // Writes [begin, end) of the file, from the block that holds the first byte to that of the last
   // one if the cache is bypassed.
-  void write_range(const Content& content, std::uint64_t begin, std::uint64_t end, Slab& slab) {
+  void write_range(Content& content, std::uint64_t begin, std::uint64_t end, Slab& slab) {
     if (begin == end) return;
     for (std::uint64_t at = align_down(begin); at < end; at += window_bytes_) {
       std::uint64_t to = std::min(at + window_bytes_, end);
@@ -368,17 +459,25 @@ void checksum_storages(Layout& layout, const WriteOptions& options, const Interr
   constexpr std::uint64_t step_bytes = std::uint64_t{1} << 20U;
   const std::uint64_t count =
       (layout.data_end() - layout.data_begin() + step_bytes - 1) / step_bytes;
-  std::vector<Worker> workers(processor_count(), Worker(step_bytes));
+  const std::size_t threads_max =
+      options.sources.streams.empty() ? processor_count() : kDirectThreads;
+  std::vector<Worker> workers =
+      make_workers(std::min(processor_count(), threads_max), layout, options.sources, step_bytes);
   mark_checksummed(plan.storages());
-  run_parallel(count, workers.size(), interrupt, [&](std::size_t worker, std::size_t i) {
+  run_parallel(count, workers.size(), interrupt, [&](std::size_t number, std::size_t i) {
+    Worker& worker = workers[number];
     const std::uint64_t begin = layout.data_begin() + i * step_bytes;
+    std::optional<cuda::Landing> landing;
+    if (worker.gpus) worker.gpus->fetch(begin, begin + step_bytes, &landing);
     const auto add_piece = [&](const Piece& piece) {
-      const std::byte* source = find_in_memory(plan, piece, options.mappings);
-      if (source == nullptr) {
-        fetch(plan, piece, options.mappings, workers[worker].slab.data());
-        source = workers[worker].slab.data();
+      const std::byte* source = find_in_memory(plan, piece, options.sources.mappings);
+      if (is_on_gpu(plan, piece)) {
+        source = landing->data() + (piece.file_offset - begin);
+      } else if (source == nullptr) {
+        fetch(plan, piece, options.sources.mappings, worker.slab.data());
+        source = worker.slab.data();
       }
-      workers[worker].checksums.add(*checksum, plan.storages(), piece, source);
+      worker.checksums.add(*checksum, plan.storages(), piece, source);
     };
     for_each_piece(layout, begin, begin + step_bytes, add_piece,
                    [](std::size_t, std::uint64_t, std::uint64_t) {});
@@ -386,11 +485,15 @@ void checksum_storages(Layout& layout, const WriteOptions& options, const Interr
   join_checksums(*checksum, workers, plan.storages());
 }
 
-Content::Content(const Layout& layout)
-    : layout_(layout), head_(layout.encode_head()), tail_(layout.encode_tail()) {}
+Content::Content(const Layout& layout, Sources sources)
+    : layout_(layout),
+      sources_(std::move(sources)),
+      head_(layout.encode_head()),
+      tail_(layout.encode_tail()) {}
 
-void Content::gather(std::uint64_t begin, std::uint64_t end, std::byte* target,
-                     const Mappings& mappings) const {
+Content::~Content() = default;
+
+void Content::gather(std::uint64_t begin, std::uint64_t end, std::byte* target) {
   // What of `part`, which starts at `offset` of the file, lies among the bytes.
   const auto copy = [&](const std::string& part, std::uint64_t offset) {
     const std::uint64_t from = std::max(begin, offset);
@@ -399,17 +502,31 @@ void Content::gather(std::uint64_t begin, std::uint64_t end, std::byte* target,
   };
   copy(head_, 0);
   copy(tail_, layout_.data_end());
+  const std::uint64_t data_end = std::min(end, layout_.data_end());
+  for (std::uint64_t at = std::max(begin, layout_.data_begin()); at < data_end;
+       at += cuda::kSlabBytes)
+    gather_data(at, std::min(data_end, at + cuda::kSlabBytes), target + (at - begin));
+}
+
+void Content::gather_data(std::uint64_t begin, std::uint64_t end, std::byte* target) {
   const Plan& plan = layout_.plan();
+  if (!gpus_) gpus_ = GpuReader::open(layout_, sources_.streams);
+  std::optional<cuda::Landing> landing;
+  if (gpus_) gpus_->fetch(begin, end, &landing);
   std::string gap;
   const auto add_piece = [&](const Piece& piece) {
-    fetch(plan, piece, mappings, target + (piece.file_offset - begin));
+    const std::uint64_t place = piece.file_offset - begin;
+    if (is_on_gpu(plan, piece)) {
+      std::memcpy(target + place, landing->data() + place, piece.end - piece.begin);
+    } else {
+      fetch(plan, piece, sources_.mappings, target + place);
+    }
   };
   const auto add_gap = [&](std::size_t storage, std::uint64_t from, std::uint64_t to) {
     fill_gap(layout_, storage, checksum_before(plan, storage), from, to, target + (from - begin),
              &gap);
   };
-  for_each_piece(layout_, std::max(begin, layout_.data_begin()), std::min(end, layout_.data_end()),
-                 add_piece, add_gap);
+  for_each_piece(layout_, begin, end, add_piece, add_gap);
 }
 
 }  // namespace fastsd

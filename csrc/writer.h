@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/download.h"
 #include "file.h"
 #include "layout.h"
 #include "workers.h"
@@ -24,15 +25,23 @@ struct Mapping {
 };
 using Mappings = std::vector<Mapping>;  // by address
 
+// How to get at bytes that are not in memory, or are not to be taken from there.
+struct Sources {
+  Mappings mappings = {};
+  cuda::Streams streams = {};  // of each GPU that the plan has bytes on
+};
+
 struct WriteOptions {
   bool durable = false;  // on the device, under its name, before returning
   bool checksum = true;  // record a checksum for each storage, where the layout leaves a choice
-  Mappings mappings = {};
+  Sources sources = {};
   std::atomic<std::uint64_t>* written = nullptr;  // counts the bytes of storages as they are done
 };
 
 // Writes a file that is complete and has yet to be committed to `path` (see AtomicFile for what
-// happens to one that is there). Needs at most kWriteMemoryBytes of memory beyond the layout.
+// happens to one that is there). Needs at most kWriteMemoryBytes of memory beyond the layout; from
+// GPUs slabs of the ring and, where a tensor is not row-major and is to be, a copy of its extent
+// for each thread.
 std::unique_ptr<AtomicFile> prepare_file(const std::string& path, Layout& layout,
                                          const WriteOptions& options, const Interrupt& interrupt);
 
@@ -50,16 +59,22 @@ class Content {
  public:
   // REQUIRES: the storages carry their checksums, if they are to have any. The layout outlives
   // this.
-  explicit Content(const Layout& layout);
+  explicit Content(const Layout& layout, Sources sources = {});
+  Content(const Content&) = delete;
+  Content& operator=(const Content&) = delete;
+  ~Content();
 
   // The bytes [begin, end) of the file. REQUIRES: begin <= end <= layout.file_bytes().
-  void gather(std::uint64_t begin, std::uint64_t end, std::byte* target,
-              const Mappings& mappings = {}) const;
+  void gather(std::uint64_t begin, std::uint64_t end, std::byte* target);
 
  private:
+  void gather_data(std::uint64_t begin, std::uint64_t end, std::byte* target);
+
   const Layout& layout_;
+  Sources sources_;
   std::string head_;
   std::string tail_;
+  std::unique_ptr<class GpuReader> gpus_;
 };
 
 }  // namespace fastsd

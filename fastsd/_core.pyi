@@ -111,7 +111,9 @@ class Plan(metaclass=_pybind11_type):
         self, names: list[str], tensors: list[Any], describe: Callable[[str, Any], tuple[Any, ...]]
     ) -> None:
         """``describe`` is called for each tensor that is not plain, and returns (address, or None
-        for a meta tensor; dtype number; shape; stride in items; flags; device number; identity)."""
+        for a meta tensor; dtype number; shape; stride in items; flags; device number; identity;
+        None or, of what lies on a GPU, its ordinal and the handle of a stream: what has been put
+        into that before something is read is done by then)."""
 
     def finish(
         self, file_flags: int, devices: Sequence[str], sections: Sequence[tuple[int, bytes]]
@@ -150,9 +152,10 @@ class Plan(metaclass=_pybind11_type):
         """Whether tensors are mapped from what a descriptor's file has at ``offset`` or behind."""
 
     def prepare(self, checksum: bool, mapped: Sequence[MappedFile] = ...) -> None:
-        """Before `gather`: where the file holds checksums, reads all data once."""
+        """Before `gather`: where the file holds checksums, reads all data once. ``mapped``: as for
+        `write`, also for `gather`."""
 
-    def gather(self, begin: int, target: object, mapped: Sequence[MappedFile] = ...) -> None:
+    def gather(self, begin: int, target: object) -> None:
         """Fills a writable buffer with the bytes of the file from ``begin`` on."""
 
     @property

@@ -74,8 +74,14 @@ def save(
 
     Tensors that overlap in memory are stored once and share a storage again after loading. Of
     plain objects only bytes that some tensor can reach are written. Memory needed beyond the
-    object: at most 64 MiB, the header (about 200 bytes a tensor, and the plain values as JSON or
-    as the pickle), and copies of what lies on other devices.
+    object: at most 64 MiB, and the header (about 200 bytes a tensor, and the plain values as JSON
+    or as the pickle).
+
+    What lies on CUDA's GPUs is written once all that has been put into torch's current streams is
+    done, and needs no more than that; up to 32 MiB stay pinned for the next save. For "safetensors"
+    there are copies of the non-contiguous tensors that are being written, one for each of up to
+    four threads. What lies on other devices, or on GPUs whose driver is older than CUDA 12, is
+    copied to the host before.
 
     A file at that path is replaced all at once, and only when the new one is complete: it is
     untouched after any error, Ctrl-C included. Its permissions are kept; a symbolic link stays,
@@ -84,7 +90,8 @@ def save(
     Raises UnsupportedError for what cannot be saved (for "safetensors" it names each key that is in
     the way), ValueError for metadata that the format cannot hold, LimitError for a header that
     readers of the format refuse, what pickling raises, AttributeError for an `f` without ``write``,
-    OSError, and what the file object raises. Do not change the tensors meanwhile.
+    OSError, DeviceError where a GPU fails, and what the file object raises. Do not change the
+    tensors meanwhile.
     """
     if isinstance(pickle_module, Mapping):
         raise TypeError("pickle_module must be a module; metadata is passed by name: metadata=...")
@@ -359,11 +366,11 @@ def open(f: PathOrFile, device: torch.device | str = CPU, *, mmap: bool | None =
     """Opens a file as a read-only mapping of its tensors, which are read when they are asked for.
 
     ``device`` is where they are put then, on a GPU straight from the file; ``mmap`` as for `load`.
-    Nested files are mappings too: their names are the keys on the way, joined by dots. A pickle is not unpickled: the tensors that
-    dictionaries, lists and tuples in it lead to are there, whatever else it holds; only of one that
-    cannot be followed at all they are its storages, as bytes, under torch's keys. Of a file object
-    that cannot be mapped and is no regular file everything is read at once; tensors are copies
-    then; so is what only torch can read. Raises what `load` raises.
+    Nested files are mappings too: their names are the keys on the way, joined by dots. A pickle is
+    not unpickled: the tensors that dictionaries, lists and tuples in it lead to are there, whatever
+    else it holds; only of one that cannot be followed at all they are its storages, as bytes, under
+    torch's keys. Of a file object that cannot be mapped and is no regular file everything is read
+    at once; tensors are copies then; so is what only torch can read. Raises what `load` raises.
     """
     with open_any(f, mmap) as opened:
         if opened.source is not None:

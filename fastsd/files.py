@@ -296,7 +296,7 @@ def write_stream(
     slab = memoryview(bytearray(min(_WRITE_BYTES, plan.file_bytes)))
     for begin in range(0, plan.file_bytes, _WRITE_BYTES):
         part = slab[: min(_WRITE_BYTES, plan.file_bytes - begin)]
-        plan.gather(begin, part, mapped)
+        plan.gather(begin, part)
         _write_all(f, part)
     if hasattr(f, "flush"):
         f.flush()

@@ -14,7 +14,6 @@ import torch
 
 from fastsd import _core
 from fastsd.errors import UnsupportedError
-from fastsd.tensors import CPU
 
 _PINNED_VARIABLE = "FASTSD_PINNED_BYTES"
 _STORAGE_VARIABLE = "FASTSD_GPUDIRECT_STORAGE"
@@ -25,9 +24,19 @@ _BLOCK_BYTES = 512
 _SMALL_BYTES = 1 << 20
 
 
+def device_of(storage: torch.UntypedStorage) -> torch.device:
+    """Where a storage lies. Tests, which need no GPU, have some say otherwise."""
+    return storage.device
+
+
+def is_in_use() -> bool:
+    """Whether there may be tensors on a CUDA device."""
+    return bool(torch.cuda.is_initialized())
+
+
 def is_accelerator(device: torch.device) -> bool:
     """Whether memory there is something else than the host's."""
-    return device.type not in (CPU, "meta")
+    return device.type not in ("cpu", "meta")
 
 
 def is_served(device: torch.device) -> bool:

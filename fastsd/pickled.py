@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import _weights_only_unpickler, serialization
 
-from fastsd import _core
+from fastsd import _core, gpu
 from fastsd.errors import FormatError
 from fastsd.formats import fsd
 from fastsd.names import NameRules
@@ -57,14 +57,38 @@ def dump(
 ) -> Pickled:
     """Pickles an object as torch.save does; raises what it raises.
 
-    Storages in CPU memory are shared with the object, others copied.
+    Storages in CPU memory, and on GPUs that the core reads, are shared with the object; others are
+    copied.
     """
     module = pickle if pickle_module is None else pickle_module
     protocol = serialization.DEFAULT_PROTOCOL if pickle_protocol is None else pickle_protocol
     serialization._check_dill_version(module)
-    recorder = _Recorder()
-    serialization._save(obj, recorder, module, protocol, without_byteorder)
+    with _Recorder() as recorder:
+        # Releases without skip_data copy all, too.
+        if gpu.is_in_use() and hasattr(serialization, "skip_data") and not skips_data():
+            module = _watch(module, recorder.found)
+        serialization._save(obj, recorder, module, protocol, without_byteorder)
     return Pickled(recorder.stream, recorder.storages, recorder.records)
+
+
+def _watch(module: Any, found: dict[str, torch.UntypedStorage]) -> Any:
+    """The module to pickle with, which notes the storages by the keys that torch gives them: torch
+    itself hands over host copies, of which all would be kept until they are written."""
+
+    class Pickler(module.Pickler):  # type: ignore[misc]
+        def __init_subclass__(cls) -> None:
+            super().__init_subclass__()
+            identify = cls.persistent_id
+
+            def persistent_id(self: Any, obj: Any) -> Any:
+                identity = identify(self, obj)
+                if identity is not None:
+                    found[identity[2]] = getattr(obj, "_untyped_storage", obj)
+                return identity
+
+            cls.persistent_id = persistent_id
+
+    return SimpleNamespace(Pickler=Pickler)
 
 
 def wrap_stream(stream: bytes, byte_order: str = "little") -> list[tuple[str, str | bytes]]:
@@ -98,26 +122,48 @@ def find_archive_name(path: bytes | None) -> str:
 
 
 class _Recorder:
-    """What torch takes for a zip file to write to."""
+    """What torch takes for a zip file to write to.
+
+    ``found`` are the storages that have been pickled, by key, if they are watched.
+    """
 
     def __init__(self) -> None:
         self.stream = b""
         self.records: list[tuple[str, str | bytes]] = []
         self.storages: dict[str, torch.UntypedStorage] = {}
+        self.found: dict[str, torch.UntypedStorage] = {}
+        self._without_data = ExitStack()
+
+    def __enter__(self) -> _Recorder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._without_data.close()
+        self.found.clear()  # the class that torch derives has it until garbage is collected
 
     def write_record(self, name: str, data: Any, nbytes: int) -> None:
-        if not name.startswith(_STORAGE):
-            self.records.append((name, data))
-            if name == _STREAM:
-                self.stream = data
+        if name.startswith(_STORAGE):
+            if isinstance(data, int):  # releases before 2.3 give the address
+                data = _copy_memory(data, nbytes)
+            self.storages[name.removeprefix(_STORAGE)] = data
             return
-        if isinstance(data, int):  # releases before 2.3 give the address
-            data = _copy_memory(data, nbytes)
-        self.storages[name.removeprefix(_STORAGE)] = data
+        self.records.append((name, data))
+        if name == _STREAM:
+            self.stream = data
+            # All has been pickled; storages are next, which torch need not copy.
+            if any(gpu.is_served(gpu.device_of(storage)) for storage in self.found.values()):
+                self._without_data.enter_context(serialization.skip_data())
 
     def write_record_metadata(self, name: str, nbytes: int) -> None:
-        """Under torch.serialization.skip_data: room for the bytes, which are zero."""
-        self.storages[name.removeprefix(_STORAGE)] = _make_zeros(nbytes)
+        """Under torch.serialization.skip_data: room for the bytes, which are zero, unless it is on
+        because they have been found."""
+        key = name.removeprefix(_STORAGE)
+        storage = self.found.get(key)
+        if storage is None:
+            storage = _make_zeros(nbytes)
+        elif not gpu.is_served(gpu.device_of(storage)):
+            storage = storage.cpu()
+        self.storages[key] = storage
 
 
 def _copy_memory(address: int, nbytes: int) -> torch.UntypedStorage:

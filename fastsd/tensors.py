@@ -17,13 +17,14 @@ from torch.serialization import location_tag
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import warn_if_has_hooks
 
-from fastsd import _core
+from fastsd import _core, gpu
 from fastsd.errors import FormatError, NotPlainError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    Described = tuple[int | None, int, tuple[int, ...], tuple[int, ...], int, int, int]
+    Place = tuple[int, int] | None
+    Described = tuple[int | None, int, tuple[int, ...], tuple[int, ...], int, int, int, Place]
 
 # docs/FORMAT.md, "Tensors": flags.
 REQUIRES_GRAD = 1
@@ -107,13 +108,15 @@ def is_numpy_native(dtype: np.dtype[np.generic]) -> bool:
 class Describer:
     """Describes to the core what it does not describe itself; an instance serves one save.
 
-    ``devices`` are the names that the archive records; number 0 is the CPU. Memory that had to be
-    copied lives as long as the describer.
+    ``devices`` are the names that the archive records; number 0 is the CPU. The core reads the
+    memory of GPUs itself; that of other devices is copied to the host, and the copies live as long
+    as the describer.
     """
 
     def __init__(self) -> None:
         self.devices = [CPU]
         self._kept: list[object] = []
+        self._places: dict[torch.device, Place] = {}
         self._host_copies: dict[tuple[str, int, int], torch.UntypedStorage] = {}
 
     def __call__(
@@ -133,27 +136,25 @@ class Describer:
             self._kept.append(array)
         stride = tuple(s // itemsize for s in array.strides)
         number = _NUMPY_NUMBERS[array.dtype]
-        return (array.ctypes.data, number, array.shape, stride, IS_ARRAY, 0, identity)
+        return (array.ctypes.data, number, array.shape, stride, IS_ARRAY, 0, identity, None)
 
     def _describe_storage(self, storage: torch.UntypedStorage) -> Described:
-        """All bytes of a storage in CPU memory."""
+        """All bytes of a storage, which counts as one of the CPU wherever it lies."""
         number = _NUMBERS[torch.uint8]
-        return (storage.data_ptr(), number, (storage.nbytes(),), (1,), 0, 0, id(storage))
+        address, place = self._find(storage)
+        return (address, number, (storage.nbytes(),), (1,), 0, 0, id(storage), place)
 
     def _describe_tensor(self, name: str, tensor: torch.Tensor) -> Described:
         check_plain(name, tensor)
         storage = tensor.untyped_storage()
         device = self._device_number(location_tag(storage))
-        address: int | None
-        if tensor.is_meta:
-            address = None
-        elif tensor.device.type == CPU:
-            address = tensor.data_ptr()
-        else:
-            address = self._host_copy(storage).data_ptr()
-            address += int(tensor.storage_offset()) * tensor.itemsize
-        if address is not None:
+        address: int | None = None
+        place: Place = None
+        if not tensor.is_meta:
             check_within_storage(name, tensor, storage)
+            address, place = self._find(storage)
+            if address:  # else it has been freed
+                address += int(tensor.storage_offset()) * tensor.itemsize
         flags = (
             REQUIRES_GRAD * tensor.requires_grad
             | IS_PARAMETER * isinstance(tensor, torch.nn.Parameter)
@@ -161,12 +162,24 @@ class Describer:
             | IS_NEG * tensor.is_neg()
         )
         number = _NUMBERS[tensor.dtype]
-        return (address, number, tuple(tensor.shape), tensor.stride(), flags, device, id(tensor))
+        shape, stride = tuple(tensor.shape), tensor.stride()
+        return (address, number, shape, stride, flags, device, id(tensor), place)
 
     def _device_number(self, tag: str) -> int:
         if tag not in self.devices:
             self.devices.append(tag)
         return self.devices.index(tag)
+
+    def _find(self, storage: torch.UntypedStorage) -> tuple[int, Place]:
+        """The address at which a storage's bytes, or their host copies, are, and on which GPU."""
+        device = gpu.device_of(storage)
+        if device.type == CPU:
+            return storage.data_ptr(), None
+        if not gpu.is_served(device):
+            return self._host_copy(storage).data_ptr(), None
+        if device not in self._places:
+            self._places[device] = (gpu.ordinal_of(device), gpu.current_stream(device))
+        return storage.data_ptr(), self._places[device]
 
     def _host_copy(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
         # Several Python objects may stand for one storage, and storages of several sizes start

@@ -120,14 +120,12 @@ class _DenseDescriber(Describer):
         if not isinstance(value, torch.Tensor):
             raise NotPlainError(f"{name!r} is no tensor")
         check_plain(name, value)
-        if not (value.is_conj() or value.is_neg()):
-            address, number, shape, stride, _, device, identity = super().__call__(name, value)
-        else:
+        if value.is_conj() or value.is_neg():
             if id(value) not in self._resolved:
                 self._resolved[id(value)] = value.detach().resolve_conj().resolve_neg()
-            resolved = self._resolved[id(value)]
-            address, number, shape, stride, _, device, identity = super().__call__(name, resolved)
-        return (address, number, shape, stride, 0, device, identity)
+            value = self._resolved[id(value)]
+        address, number, shape, stride, _, device, identity, place = super().__call__(name, value)
+        return (address, number, shape, stride, 0, device, identity, place)
 
 
 def _check_overlaps(names: list[str], overlaps: list[list[int]], lossy: bool) -> None:

@@ -21,6 +21,9 @@ namespace fastsd::cuda {
 // under way in little memory.
 constexpr std::uint64_t kSlabBytes = std::uint64_t{8} << 20U;
 
+// Pinning a slab takes milliseconds: little work goes without.
+constexpr std::uint64_t kPinBytesMin = kSlabBytes;
+
 // Memory of kSlabBytes, aligned for direct I/O.
 class Slab {
  public:

@@ -19,9 +19,6 @@ constexpr std::uint64_t kStepBytesMin = std::uint64_t{1} << 20U;
 // What lies between two transfers is read, too, and left where it is, up to this.
 constexpr std::uint64_t kGapBytesMax = 64U << 10U;
 
-// Pinning a slab takes milliseconds: little work goes without.
-constexpr std::uint64_t kPinBytesMin = kSlabBytes;
-
 // Devices want many requests at once, and a thread waits for each; processors have little to do.
 constexpr std::size_t kDirectThreads = 16;
 

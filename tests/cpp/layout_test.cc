@@ -53,7 +53,7 @@ TEST(layouts_are_the_same_in_files_and_streams) {
     const std::string stream = whole_file(*layout);
     CHECK(stream == write(false));
     CHECK(stream == write(true));
-    const Content content(*layout);
+    Content content(*layout);
     for (int i = 0; i < 50; ++i) {
       const std::uint64_t begin = random.below(stream.size() + 1);
       const std::uint64_t end =
@@ -84,7 +84,7 @@ TEST(layouts_of_a_mapped_file_are_the_same) {
     std::vector<Tensor> mapped = tensors;
     for (Tensor& tensor : mapped) tensor.data = memory->data() + (tensor.data - bytes.data());
     WriteOptions options;
-    options.mappings = {{{memory->data(), bytes.size()}, &file}};
+    options.sources.mappings = {{{memory->data(), bytes.size()}, &file}};
     std::atomic<std::uint64_t> written{0};
     options.written = &written;
     const std::unique_ptr<Layout> layout = lay_out_tensors(mapped);
@@ -93,8 +93,8 @@ TEST(layouts_of_a_mapped_file_are_the_same) {
     CHECK(written == layout->data_end() - layout->data_begin());
     checksum_storages(*layout, options, nullptr);
     std::string streamed(layout->file_bytes(), '\xEE');
-    Content(*layout).gather(0, streamed.size(), reinterpret_cast<std::byte*>(streamed.data()),
-                            options.mappings);
+    Content(*layout, options.sources)
+        .gather(0, streamed.size(), reinterpret_cast<std::byte*>(streamed.data()));
     CHECK(streamed == wanted);
   }
 }

@@ -168,6 +168,7 @@ struct Tensor {
   const void* identity = nullptr;  // nullptr: an object of its own
   std::uint16_t flags = 0;
   std::uint16_t device = 0;
+  int gpu = kHost;
 };
 
 inline void add(Plan& plan, const Tensor& tensor) {
@@ -178,7 +179,8 @@ inline void add(Plan& plan, const Tensor& tensor) {
   const View view{tensor.name,   tensor.data,
                   tensor.dtype,  tensor.flags,
                   tensor.device, tensor.data == nullptr,
-                  identity,      std::uint32_t(tensor.shape.size())};
+                  identity,      std::uint32_t(tensor.shape.size()),
+                  tensor.gpu};
   plan.add(view, dims.data());
 }
 

@@ -194,7 +194,7 @@ int copy(void* target, const void* source, std::size_t bytes, const void* host, 
 }
 
 void* pointer(std::uint64_t address) {
-  return reinterpret_cast<void*>(address);  // NOLINT(performance-no-int-to-ptr)
+  return reinterpret_cast<void*>(address & ~kStubDeviceBit);  // NOLINT(performance-no-int-to-ptr)
 }
 
 }  // namespace
@@ -223,6 +223,7 @@ STUB void stub_reset() {
   s.numbers["devices"] = 2;
   s.numbers["version"] = 13000;
   s.pinned.clear();
+  for (const auto& entry : s.contexts) entry.second->retained = 0;
   s.failure = kSuccess;
 }
 

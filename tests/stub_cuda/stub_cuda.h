@@ -2,6 +2,12 @@
 // "Device memory" is host memory, of which the stub need not be told.
 #pragma once
 
+#include <cstdint>
+
+// An address with this bit stands for the one without it, and no processor can use it: as with a
+// GPU's memory, whoever does not go through the driver is found out.
+constexpr std::uint64_t kStubDeviceBit = std::uint64_t{1} << 62U;
+
 extern "C" {
 
 // Back to how it starts, with nothing pinned. REQUIRES: no stream or event is left.

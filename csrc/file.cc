@@ -165,6 +165,11 @@ std::uint64_t page_offset(const std::byte* address) {
   return reinterpret_cast<std::uintptr_t>(address) % page_bytes();
 }
 
+// The blocks that so many bytes take from the start of one.
+std::uint64_t align_up(std::uint64_t bytes) {
+  return (bytes + kDirectAlignBytes - 1) / kDirectAlignBytes * kDirectAlignBytes;
+}
+
 // What a read of one piece from memory gives.
 ssize_t copy_bytes(const struct iovec& piece, const std::byte* source, std::uint64_t source_bytes,
                    std::uint64_t offset) {
@@ -375,18 +380,16 @@ std::size_t DirectFile::read_at(std::byte* target, std::uint64_t bytes,
   const std::uint64_t begin = begin_ + offset;
   const std::uint64_t first = begin - begin % kDirectAlignBytes;
   const std::uint64_t end = begin + bytes;
-  std::uint64_t at = first;  // how far the file has been read
-  while (at < end) {
-    const std::uint64_t left = end - at;
-    const std::uint64_t room =
-        left + (kDirectAlignBytes - left % kDirectAlignBytes) % kDirectAlignBytes;
-    const ssize_t got = retry([&] {
-      return ::pread(descriptor_.get(), target + (at - first), room, static_cast<off_t>(at));
-    });
+  for (std::uint64_t at = first; at < end;) {
+    struct iovec piece{target + (at - first), align_up(end - at)};
+    const ssize_t got =
+        retry([&] { return ::preadv(descriptor_.get(), &piece, 1, static_cast<off_t>(at)); });
     if (got < 0) fail(name_);
-    at += static_cast<std::uint64_t>(got);
-    // Only the end of the file leaves a part of a block.
-    if (got == 0 || (at < end && at % kDirectAlignBytes != 0)) fail_at_end(name_, at);
+    const std::uint64_t reached = at + static_cast<std::uint64_t>(got);
+    if (reached >= end) break;
+    // Less than a block is all that is left of the file.
+    if (reached - at < kDirectAlignBytes) fail_at_end(name_, reached);
+    at = reached - reached % kDirectAlignBytes;
   }
   return begin - first;
 }

@@ -90,8 +90,9 @@ class TensorSlice:
     def __getitem__(self, index: Any) -> torch.Tensor:
         """The part that an index selects: integers, slices with positive steps, ``...`` and None.
 
-        Where the file is mapped this is a view of it; elsewhere the bytes from the first to the
-        last element of the part are read. Raises IndexError and TypeError as torch does.
+        Where the file is mapped this is a view of it; elsewhere, and for GPUs, the bytes from the
+        first to the last element of the part are read. On a GPU a part with gaps is then copied to
+        memory of its own, so that they take none. Raises IndexError and TypeError as torch does.
         """
         return self._archive._read(self._name, index)
 
@@ -263,11 +264,20 @@ class Archive(Mapping[str, torch.Tensor]):
         else:
             storage, begin = self._storage(file, part_record, offset, dtype.itemsize)
             tensor = view_storage(storage, dtype, offset - begin // dtype.itemsize, part_record)
+            if self._has_gaps(file, part_record):
+                tensor = tensor.contiguous()
         try:
             return apply_flags(name, tensor, record.flags)
         except FormatError as error:
             error.path = self._readers[file].name
             raise
+
+    def _has_gaps(self, file: int, record: TensorRecord) -> bool:
+        """Whether a part takes more memory on a GPU than it has elements; the pages of a mapping
+        cost nothing, and what is shared stays so."""
+        if not gpu.is_accelerator(self._device) or (file, record.storage) in self._shared:
+            return False
+        return extent_items(record.shape, record.stride) > torch.Size(record.shape).numel()
 
     def _storage(
         self, file: int, record: TensorRecord, offset: int, itemsize: int

@@ -316,6 +316,17 @@ def test_slices_read_their_rows_only(stub_gpu, tmp_path):
     assert stub_gpu.devices == {"cuda:1"}
 
 
+def test_slices_with_gaps_take_no_memory_for_them(stub_gpu, tmp_path):
+    matrix = torch.arange(2000.0).view(20, 100)
+    path = save_as({"m": matrix}, tmp_path, "fsd")
+    with fastsd.open(path, device="cuda") as archive, fastsd.open(path) as host:
+        part = archive.get_slice("m")[:, 10:15]
+        assert torch.equal(part, matrix[:, 10:15])
+        assert part.is_contiguous()
+        assert part.untyped_storage().nbytes() == 20 * 5 * 4
+        assert host.get_slice("m")[:, 10:15].stride() == (100, 1)
+
+
 def test_tied_tensors_of_an_archive_stay_tied(stub_gpu, tmp_path):
     base = torch.arange(100.0)
     path = save_as({"a": base, "b": base[10:20]}, tmp_path, "fsd")

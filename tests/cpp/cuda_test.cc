@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -22,6 +23,7 @@
 #include "cuda/ring.h"
 #include "cuda/upload.h"
 #include "error.h"
+#include "faults.h"
 #include "file.h"
 #include "stub.h"
 #include "support.h"
@@ -350,6 +352,49 @@ TEST(cuda_file_that_becomes_shorter) {
     const std::vector<std::byte> then = sample.target;
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
     CHECK(then == sample.target);
+  }
+}
+
+TEST(cuda_reads_that_stop_short_or_are_interrupted) {
+  Stub stub;
+  for (const bool is_cached : {true, false}) {
+    Sample sample(9 * kMiB + 77);
+    const std::vector<Transfer> transfers = {sample.transfer(100, 9 * kMiB - 23)};
+    const File file = sample.file();
+    if (!is_cached) forget_cached(sample.folder.path("file"));
+    test::Injection injection;
+    injection.fault = test::Fault::kShort;
+    injection.is_repeated = true;
+    injection.only = "preadv";
+    {
+      const test::InjectionScope scope(injection);
+      upload(file, transfers, to_gpus(), {});
+    }
+    CHECK(sample.has(transfers));
+    injection.fault = test::Fault::kError;
+    injection.error = EINTR;
+    injection.is_repeated = false;
+    injection.call = 1;
+    const test::InjectionScope scope(injection);
+    upload(file, transfers, to_gpus(), {});
+    CHECK(sample.has(transfers));
+  }
+}
+
+TEST(cuda_read_that_fails) {
+  Stub stub;
+  for (const bool is_cached : {true, false}) {
+    Sample sample(9 * kMiB);
+    const File file = sample.file();
+    if (!is_cached) forget_cached(sample.folder.path("file"));
+    test::Injection injection;
+    injection.fault = test::Fault::kError;
+    injection.error = EIO;
+    injection.call = 1;
+    injection.only = "preadv";
+    const test::InjectionScope scope(injection);
+    CHECK_THROWS(upload(file, {sample.transfer(0, 9 * kMiB)}, to_gpus(), {}), Failure::kSystem);
+    CHECK(stub.get("streams") == 0 && stub.get("events") == 0);
   }
 }
 

@@ -284,7 +284,10 @@ def _load(records: _Records, stream: bytes, map_location: Any, how: Unpickling) 
 
 def _is_from_unpickling(error: BaseException) -> bool:
     """Whether it was raised in torch's unpickling itself, rather than in what that has called."""
-    return find_modules(error)[-1] in _UNPICKLING
+    modules = find_modules(error)
+    while modules[-1] == "re":  # which torch has look at the places that a stream names
+        modules.pop()
+    return modules[-1] in _UNPICKLING
 
 
 def find_modules(error: BaseException) -> list[str]:

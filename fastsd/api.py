@@ -329,7 +329,7 @@ def load_into(
         opened = stack.enter_context(open_any(f, mmap))
         if opened.source is not None:
             state = _load_through_torch(opened.source, map_location, how, rules, verify)
-            return _fill(into, state, opened.source.name, [], Passage())
+            return _fill(into, state, opened.source.name, [], None)
         readers = opened.readers
         _verify(readers, Passage(checks=verify == "checksums"))
         passage = Passage()
@@ -337,7 +337,10 @@ def load_into(
             passage.progress = stack.enter_context(show_progress(readers[0].name))
         state, numbers = restore(readers, map_location, how, rules, passage)
         sources = list(zip(readers, numbers, strict=True))
-        return _fill(into, state, readers[0].name, sources, passage)
+        # What an unpickler has made of a file's bytes need not be what is in the file.
+        plain = [reader for reader in readers if not needs_unpickling(reader, how)]
+        copies = Copies(plain, passage) if plain else None
+        return _fill(into, state, readers[0].name, sources, copies)
 
 
 def _fill(
@@ -345,13 +348,12 @@ def _fill(
     state: Any,
     path: str,
     sources: list[tuple[_core.Reader, list[int] | None]],
-    passage: Passage,
+    copies: Copies | None,
 ) -> Any:
     """Hands the state over, which is read meanwhile or, where it goes to GPUs, behind that."""
     if into.takes_tensors and not isinstance(state, dict):
         raise UnsupportedError(f"holds a {type(state).__name__}, no state_dict", path=path)
-    if into.copies and into.can_defer():
-        copies = Copies([reader for reader, _ in sources], passage)
+    if copies is not None and into.copies and into.can_defer():
         copies.defer(state)
         with copies:
             return into.load(state)

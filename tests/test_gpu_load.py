@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -201,6 +202,36 @@ def test_pickled_objects(stub_gpu, tmp_path, format):
     assert torch.equal(loaded["b"], torch.ones(3))
     assert stub_gpu.get("bytes") == 20_012
     assert stub_gpu.devices == {"cuda:0"}
+
+
+def save_big_endian(obj, folder, *, says_so=True):
+    """As torch.save does on such a machine."""
+    torch.save(obj, folder / "little.pth")
+    path = folder / "big.pth"
+    with zipfile.ZipFile(folder / "little.pth") as little, zipfile.ZipFile(path, "w") as big:
+        for name in little.namelist():
+            data = little.read(name)
+            if "/data/" in name:
+                data = np.frombuffer(data, dtype=np.float32).byteswap().tobytes()
+            if not name.endswith("/byteorder"):
+                big.writestr(name, data)
+            elif says_so:
+                big.writestr(name, b"big")
+    return path
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+@pytest.mark.parametrize("mmap", [None, False])
+def test_what_is_turned_around_in_memory(stub_gpu, tmp_path, monkeypatch, says_so, mmap):
+    monkeypatch.setattr(torch.UntypedStorage, "to", lambda self, **_: self.clone())
+    path = save_big_endian({"a": torch.arange(10.0)}, tmp_path, says_so=says_so)
+    order = torch.serialization.LoadEndianness.BIG
+    torch.serialization.set_default_load_endianness(None if says_so else order)
+    try:
+        loaded = fastsd.load(path, map_location="cuda", mmap=mmap)
+    finally:
+        torch.serialization.set_default_load_endianness(None)
+    assert torch.equal(loaded["a"], torch.arange(10.0))
 
 
 # ---- On the way ----
@@ -422,6 +453,148 @@ def test_modules_with_code_of_their_own_get_what_they_expect(all_served, tmp_pat
     hooked.register_load_state_dict_post_hook(lambda module, _: seen.append(module.weight.clone()))
     fastsd.load_into(hooked, path)
     assert torch.equal(seen[0], source.weight)
+
+
+def test_modules_whose_extra_state_looks_at_weights(all_served, tmp_path):
+    class Looking(nn.Linear):
+        def get_extra_state(self):
+            return torch.tensor(1.0)
+
+        def set_extra_state(self, state):
+            self.seen = self.weight.detach().clone()
+
+    source, target = Looking(3, 3), Looking(3, 3)
+    fastsd.load_into(target, save_as(source.state_dict(), tmp_path, "fsd"))
+    assert torch.equal(target.seen, source.weight)
+
+
+def test_modules_with_a_method_of_their_own(all_served, tmp_path):
+    source, target = nn.Linear(3, 3), nn.Linear(3, 3)
+    load = target._load_from_state_dict
+
+    def load_and_double(*args):
+        load(*args)
+        target.weight.data.mul_(2)
+
+    target._load_from_state_dict = load_and_double
+    fastsd.load_into(target, save_as(source.state_dict(), tmp_path, "fsd"))
+    assert torch.equal(target.weight, source.weight * 2)
+
+
+def test_modules_that_swap_their_parameters(all_served, tmp_path):
+    source, target = nn.Linear(3, 3), nn.Linear(3, 3)
+    path = save_as(source.state_dict(), tmp_path, "fsd")
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        fastsd.load_into(target, path)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert_same(dict(target.state_dict()), dict(source.state_dict()))
+    assert type(target.weight) is nn.Parameter
+
+
+def test_into_under_inference_mode(all_served, tmp_path):
+    source, target = nn.Linear(3, 3), nn.Linear(3, 3)
+    path = save_as(source.state_dict(), tmp_path, "fsd")
+    with torch.inference_mode():
+        own = {"weight": torch.zeros(3, 3), "bias": torch.zeros(3)}
+        fastsd.load_into(target, path)
+        fastsd.load_into(own, path)
+    assert_same(dict(target.state_dict()), dict(source.state_dict()))
+    assert torch.equal(own["weight"], source.weight)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        fastsd.load_into(own, path)
+
+
+def test_into_a_mapping_whose_keys_are_no_strings(all_served, tmp_path):
+    target = {0: torch.zeros(3)}
+    fastsd.load_into(target, save_as({0: torch.ones(3)}, tmp_path, "fsd"))
+    assert target[0].tolist() == [1, 1, 1]
+
+
+def test_views_of_as_many_bytes_from_the_same_place(all_served, tmp_path):
+    path = save_as({"even": torch.full((4,), 1.0), "first": torch.full((4,), 2.0)}, tmp_path, "fsd")
+    memory = torch.zeros(8)
+    fastsd.load_into({"even": memory[::2], "first": memory[:4]}, path)
+    assert memory.tolist() == [2, 2, 2, 2, 1, 0, 1, 0]
+
+
+def test_what_torch_refuses_to_copy_into(all_served, tmp_path):
+    """It says so for each tensor, and fills the others."""
+
+    def make():
+        module = nn.Module()
+        module.register_buffer("a", torch.zeros(1).expand(4))
+        module.register_buffer("b", torch.zeros(3))
+        return module
+
+    state = {"a": torch.ones(4), "b": torch.ones(3)}
+    ours, theirs = make(), make()
+    with pytest.raises(RuntimeError) as expected:
+        theirs.load_state_dict(state)
+    with pytest.raises(RuntimeError) as caught:
+        fastsd.load_into(ours, save_as(state, tmp_path, "fsd"))
+    assert str(caught.value) == str(expected.value)
+    assert ours.b.tolist() == [1, 1, 1]
+
+
+def test_autograd_knows_of_copies(all_served, tmp_path):
+    path = save_as({"weight": torch.ones(3)}, tmp_path, "fsd")
+    weight = torch.zeros(3, requires_grad=True)
+    result = (weight * weight).sum()
+    fastsd.load_into({"weight": weight}, path)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.backward()
+
+
+class Doubled(torch.Tensor):
+    """A subclass without memory of its own, as distributed and quantized tensors are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        assert func is torch.ops.aten.copy_.default
+        args[0].inner.copy_(args[1] * 2)
+        return args[0]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def test_subclasses_are_copied_into_by_their_own_code(all_served, tmp_path):
+    module = nn.Module()
+    module.register_buffer("a", Doubled(torch.zeros(4)))
+    fastsd.load_into(module, save_as({"a": torch.ones(4)}, tmp_path, "fsd"))
+    assert module.a.inner.tolist() == [2] * 4
+
+
+def test_bytes_that_unpickling_has_changed(all_served, tmp_path):
+    """In memory, in mapped pages: they are not those of the file."""
+    path = save_big_endian({"a": torch.arange(10.0)}, tmp_path)
+    target = {"a": torch.zeros(10)}
+    fastsd.load_into(target, path)
+    assert torch.equal(target["a"], torch.arange(10.0))
+
+    tensor = torch.ones(4)
+    torch.save({"box": Tripling(tensor), "a": tensor}, tmp_path / "x.pth")
+    target = {"a": torch.zeros(4)}
+    fastsd.load_into(target, tmp_path / "x.pth", strict=False, weights_only=False)
+    assert target["a"].tolist() == [3] * 4
+
+
+class Tripling:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __setstate__(self, state):
+        self.tensor = state["tensor"].mul_(3)
 
 
 # ---- Failures ----

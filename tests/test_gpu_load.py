@@ -153,18 +153,66 @@ def test_a_callable_spreads_a_file(stub_gpu, tmp_path, format, mmap):
     assert stub_gpu.get("copies") > 0
 
 
-def test_a_callable_may_do_anything(stub_gpu, tmp_path):
+def _check_size(storage, moved):
+    assert moved.nbytes() == len(moved) == storage.nbytes()
+    return moved
+
+
+CALLABLES = {
+    "copies": lambda storage: torch.UntypedStorage(storage.nbytes()).copy_(storage),
+    "looks": lambda storage: storage if bytes(storage.cuda()) == bytes(storage) else None,
+    "returns": lambda storage: storage.cuda(1).cpu(),
+    "measures": lambda storage: _check_size(storage, storage.cuda()),
+    "cuts": lambda storage: storage.cuda()[:],
+    "edits": lambda storage: _turn(storage.cuda()),
+}
+
+
+def _turn(storage):
+    storage.byteswap(torch.float32)
+    return storage
+
+
+@pytest.mark.parametrize("which", CALLABLES)
+@pytest.mark.parametrize("format", ["fsd", "pth"])
+@pytest.mark.parametrize("mmap", [None, False])
+def test_a_callable_may_do_anything(stub_gpu, tmp_path, monkeypatch, which, format, mmap):
+    """It is called once for each storage, and sees what torch.load would show it."""
     state = {"a": torch.arange(10.0), "b": torch.arange(5.0)}
-    path = save_as(state, tmp_path, "fsd")
-    seen = []
+    path = save_as(state, tmp_path, format)
+    torch.save(state, tmp_path / "oracle")
+    calls = []
 
-    def look(storage, location):
-        seen.append(bytes(storage)[:8])
-        return torch.UntypedStorage(storage.nbytes()).copy_(storage)
+    def place(storage, location):
+        calls.append(storage.nbytes())
+        return CALLABLES[which](storage)
 
-    assert_same(fastsd.load(path, map_location=look), state)
-    assert seen == [np.arange(2, dtype=np.float32).tobytes()] * 2
-    assert stub_gpu.allocated == []
+    loaded = fastsd.load(path, map_location=place, mmap=mmap)
+    assert sorted(calls) == [20, 40]
+    monkeypatch.setattr(torch.UntypedStorage, "to", lambda self, **_: self.clone())
+    assert_same(loaded, torch.load(tmp_path / "oracle", map_location=place))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_callable_with_casts_and_checksums(stub_gpu, tmp_path, format):
+    path = save_as(make_state(), tmp_path, format)
+    options = {} if format == "safetensors" else {"verify": "checksums"}
+    loaded = fastsd.load(
+        path, map_location=lambda storage, _: storage.cuda(1), dtype=torch.float16, **options
+    )
+    for name, expected in fastsd.load(path).items():
+        cast = expected.half() if expected.is_floating_point() else expected
+        assert torch.equal(loaded[name], cast), name
+    assert stub_gpu.devices == {"cuda:1"}
+
+
+def test_places_are_found_without_reading(stub_gpu, tmp_path, monkeypatch):
+    path = save_as({"a": torch.ones(1000)}, tmp_path, "fsd")
+    monkeypatch.setattr(
+        "fastsd.storages._ask", lambda *_: pytest.fail("a storage was read to be asked for")
+    )
+    for location in ("cuda", {"cpu": "cuda:1"}, {"cuda:0": "cpu", "cpu": "cpu"}):
+        fastsd.load(path, map_location=location, mmap=False)
 
 
 def test_storages_are_not_marked_for_ever(stub_gpu, tmp_path):
@@ -608,6 +656,21 @@ def test_a_copy_that_fails(stub_gpu, tmp_path):
     _core.release_pinned()
     stub_gpu.reset()
     assert_same(fastsd.load(path, map_location="cuda"), make_state())
+
+
+@pytest.mark.parametrize("way", ["into", "open", "pickle"])
+def test_errors_name_the_file(all_served, tmp_path, way):
+    path = save_as({"weight": torch.ones(3)}, tmp_path, "fsd")
+    pickled = save_as({"box": Box(torch.ones(3))}, tmp_path, "pth")
+    all_served.set("fail_copy", 1)
+    with pytest.raises(fastsd.DeviceError, match=r"x\.(fsd|pth): cu"):
+        if way == "into":
+            fastsd.load_into({"weight": torch.zeros(3)}, path)
+        elif way == "open":
+            fastsd.open(path, device="cuda")["weight"]
+        else:
+            fastsd.load(pickled, map_location="cuda", weights_only=False)
+    _core.release_pinned()
 
 
 def test_no_room_on_the_gpu(stub_gpu, tmp_path, monkeypatch):

@@ -85,7 +85,8 @@ class Copies:
         key = (str(target.device), target.data_ptr(), target.shape, target.stride(), target.dtype)
         self._copies.pop(key, None)
         self._copies[key] = _Copy(target.detach(), source)
-        torch.autograd.graph.increment_version(target)  # for autograd it is edited now
+        # For autograd it is edited now; older releases have no other way to say so.
+        target.detach().as_strided((0,), (1,)).zero_()
         return True
 
     def carry_out(self) -> None:

@@ -210,9 +210,9 @@ def _load(
     rules: NameRules | None,
     passage: Passage,
 ) -> Any:
-    """What is in the files, verified: before a pickle is looked at, and else along with the bytes
-    that are read anyway."""
-    if passage.checks and any(needs_unpickling(reader, how) for reader in readers):
+    """What is in the files, verified: before a pickle is looked at, and before memory that a stream
+    was read into is handed out; else along with the bytes that are read anyway."""
+    if passage.checks and any(r.is_from_stream or needs_unpickling(r, how) for r in readers):
         _verify(readers, passage)
         passage.checks = False
     obj = restore(readers, map_location, how, rules, passage)[0]
@@ -301,9 +301,9 @@ def load_into(
 
     What is not in the page cache yet is read ahead of the copy. Parameters on GPUs are filled from
     the file, once torch has checked all of them; but a module that has hooks for loading, or code
-    of its own, is left to torch's copies. Parameters stay where they are,
-    whatever device was saved from, and so does an optimizer's state; with ``assign=True``, and for
-    other targets, tensors go where they were saved from, as with `load`.
+    of its own, and what has to be unpickled, are left to torch's copies. Parameters stay where they
+    are, whatever device was saved from, and so does an optimizer's state; with ``assign=True``, and
+    for other targets, tensors go where they were saved from, as with `load`.
 
     Returns what the target's ``load_state_dict`` returns: for modules, and for mappings, a named
     tuple of ``missing_keys`` and ``unexpected_keys``. Raises what `load` and ``load_state_dict``

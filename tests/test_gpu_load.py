@@ -60,6 +60,13 @@ def save_as(obj, folder, format):
 FORMATS = ["fsd", "pth", "safetensors"]
 
 
+@pytest.fixture
+def torch_moves(stub_gpu, monkeypatch):
+    """What torch itself moves to a GPU gets there, too: to host memory."""
+    monkeypatch.setattr(torch.UntypedStorage, "to", lambda self, **_: self.clone())
+    return stub_gpu
+
+
 # ---- Bytes ----
 
 
@@ -176,7 +183,7 @@ def _turn(storage):
 @pytest.mark.parametrize("which", CALLABLES)
 @pytest.mark.parametrize("format", ["fsd", "pth"])
 @pytest.mark.parametrize("mmap", [None, False])
-def test_a_callable_may_do_anything(stub_gpu, tmp_path, monkeypatch, which, format, mmap):
+def test_a_callable_may_do_anything(torch_moves, tmp_path, which, format, mmap):
     """It is called once for each storage, and sees what torch.load would show it."""
     state = {"a": torch.arange(10.0), "b": torch.arange(5.0)}
     path = save_as(state, tmp_path, format)
@@ -189,7 +196,6 @@ def test_a_callable_may_do_anything(stub_gpu, tmp_path, monkeypatch, which, form
 
     loaded = fastsd.load(path, map_location=place, mmap=mmap)
     assert sorted(calls) == [20, 40]
-    monkeypatch.setattr(torch.UntypedStorage, "to", lambda self, **_: self.clone())
     assert_same(loaded, torch.load(tmp_path / "oracle", map_location=place))
 
 
@@ -270,8 +276,7 @@ def save_big_endian(obj, folder, *, says_so=True):
 
 @pytest.mark.parametrize("says_so", [True, False])
 @pytest.mark.parametrize("mmap", [None, False])
-def test_what_is_turned_around_in_memory(stub_gpu, tmp_path, monkeypatch, says_so, mmap):
-    monkeypatch.setattr(torch.UntypedStorage, "to", lambda self, **_: self.clone())
+def test_what_is_turned_around_in_memory(torch_moves, tmp_path, says_so, mmap):
     path = save_big_endian({"a": torch.arange(10.0)}, tmp_path, says_so=says_so)
     order = torch.serialization.LoadEndianness.BIG
     torch.serialization.set_default_load_endianness(None if says_so else order)
@@ -350,6 +355,21 @@ def test_checksums_are_compared_on_the_way(stub_gpu, tmp_path, format, monkeypat
     with pytest.raises(fastsd.ChecksumError, match='"numbers"') as caught:
         fastsd.load(path, map_location="cuda", verify="checksums")
     assert caught.value.tensors == ("numbers",)
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda", None])
+@pytest.mark.parametrize("options", [{}, {"select": "numbers"}, {"dtype": torch.float16}])
+def test_checksums_of_streams(stub_gpu, where, options):
+    """Of all that came out of them, whatever is made of it."""
+    stream = io.BytesIO()
+    fastsd.save(make_state(), stream)
+    stream.seek(0)
+    loaded = fastsd.load(stream, map_location=where, verify="checksums", **options)
+    assert torch.equal(loaded["numbers"], torch.arange(1000))
+    data = bytearray(stream.getvalue())
+    data[-4] ^= 1  # in what select leaves out
+    with pytest.raises(fastsd.ChecksumError, match='"large"'):
+        fastsd.load(io.BytesIO(data), map_location=where, verify="checksums", **options)
 
 
 def test_what_was_checked_on_the_way_is_not_read_again(stub_gpu, tmp_path):
@@ -658,18 +678,22 @@ def test_a_copy_that_fails(stub_gpu, tmp_path):
     assert_same(fastsd.load(path, map_location="cuda"), make_state())
 
 
-@pytest.mark.parametrize("way", ["into", "open", "pickle"])
-def test_errors_name_the_file(all_served, tmp_path, way):
-    path = save_as({"weight": torch.ones(3)}, tmp_path, "fsd")
-    pickled = save_as({"box": Box(torch.ones(3))}, tmp_path, "pth")
+FAILING = {
+    "x.fsd": [
+        lambda path: fastsd.load_into({"weight": torch.zeros(3)}, path),
+        lambda path: fastsd.open(path, device="cuda")["weight"],
+    ],
+    "x.pth": [lambda path: fastsd.load(path, map_location="cuda", weights_only=False)],
+}
+
+
+@pytest.mark.parametrize(("name", "load"), [(n, load) for n in FAILING for load in FAILING[n]])
+def test_errors_name_the_file(all_served, tmp_path, name, load):
+    fastsd.save({"weight": torch.ones(3)}, tmp_path / "x.fsd")
+    torch.save({"box": Box(torch.ones(3))}, tmp_path / "x.pth")
     all_served.set("fail_copy", 1)
-    with pytest.raises(fastsd.DeviceError, match=r"x\.(fsd|pth): cu"):
-        if way == "into":
-            fastsd.load_into({"weight": torch.zeros(3)}, path)
-        elif way == "open":
-            fastsd.open(path, device="cuda")["weight"]
-        else:
-            fastsd.load(pickled, map_location="cuda", weights_only=False)
+    with pytest.raises(fastsd.DeviceError, match=re.escape(f"{name}: cu")):
+        load(tmp_path / name)
     _core.release_pinned()
 
 

@@ -767,6 +767,8 @@ void register_reader(py::module_& module) {
                              [](const Reader& self) { return decode_path(self.file().name()); })
       .def_property_readonly("is_mapped",
                              [](const Reader& self) { return self.mapping() != nullptr; })
+      .def_property_readonly("is_from_stream",
+                             [](const Reader& self) { return self.file().memory() != nullptr; })
       .def_property_readonly("version",
                              [](const Reader& self) {
                                const Preamble& preamble = self.header().preamble();

@@ -213,6 +213,9 @@ class Reader(metaclass=_pybind11_type):
     @property
     def is_mapped(self) -> bool: ...
     @property
+    def is_from_stream(self) -> bool:
+        """Whether it was read whole into memory, which `load` hands out or gives back."""
+    @property
     def version(self) -> tuple[int, int]: ...
     @property
     def file_flags(self) -> int: ...

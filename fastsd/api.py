@@ -210,9 +210,9 @@ def _load(
     rules: NameRules | None,
     passage: Passage,
 ) -> Any:
-    """What is in the files, verified: before a pickle is looked at, and else along with the bytes
-    that are read anyway."""
-    if passage.checks and any(needs_unpickling(reader, how) for reader in readers):
+    """What is in the files, verified: before a pickle is looked at, and before memory that a stream
+    was read into is handed out; else along with the bytes that are read anyway."""
+    if passage.checks and any(r.is_from_stream or needs_unpickling(r, how) for r in readers):
         _verify(readers, passage)
         passage.checks = False
     obj = restore(readers, map_location, how, rules, passage)[0]
@@ -301,9 +301,9 @@ def load_into(
 
     What is not in the page cache yet is read ahead of the copy. Parameters on GPUs are filled from
     the file, once torch has checked all of them; but a module that has hooks for loading, or code
-    of its own, is left to torch's copies. Parameters stay where they are,
-    whatever device was saved from, and so does an optimizer's state; with ``assign=True``, and for
-    other targets, tensors go where they were saved from, as with `load`.
+    of its own, and what has to be unpickled, are left to torch's copies. Parameters stay where they
+    are, whatever device was saved from, and so does an optimizer's state; with ``assign=True``, and
+    for other targets, tensors go where they were saved from, as with `load`.
 
     Returns what the target's ``load_state_dict`` returns: for modules, and for mappings, a named
     tuple of ``missing_keys`` and ``unexpected_keys``. Raises what `load` and ``load_state_dict``
@@ -329,7 +329,7 @@ def load_into(
         opened = stack.enter_context(open_any(f, mmap))
         if opened.source is not None:
             state = _load_through_torch(opened.source, map_location, how, rules, verify)
-            return _fill(into, state, opened.source.name, [], Passage())
+            return _fill(into, state, opened.source.name, [], None)
         readers = opened.readers
         _verify(readers, Passage(checks=verify == "checksums"))
         passage = Passage()
@@ -337,7 +337,10 @@ def load_into(
             passage.progress = stack.enter_context(show_progress(readers[0].name))
         state, numbers = restore(readers, map_location, how, rules, passage)
         sources = list(zip(readers, numbers, strict=True))
-        return _fill(into, state, readers[0].name, sources, passage)
+        # What an unpickler has made of a file's bytes need not be what is in the file.
+        plain = [reader for reader in readers if not needs_unpickling(reader, how)]
+        copies = Copies(plain, passage) if plain else None
+        return _fill(into, state, readers[0].name, sources, copies)
 
 
 def _fill(
@@ -345,13 +348,12 @@ def _fill(
     state: Any,
     path: str,
     sources: list[tuple[_core.Reader, list[int] | None]],
-    passage: Passage,
+    copies: Copies | None,
 ) -> Any:
     """Hands the state over, which is read meanwhile or, where it goes to GPUs, behind that."""
     if into.takes_tensors and not isinstance(state, dict):
         raise UnsupportedError(f"holds a {type(state).__name__}, no state_dict", path=path)
-    if into.copies and into.can_defer():
-        copies = Copies([reader for reader, _ in sources], passage)
+    if copies is not None and into.copies and into.can_defer():
         copies.defer(state)
         with copies:
             return into.load(state)

@@ -17,9 +17,10 @@ from torch import nn
 
 from fastsd import _core, gpu
 from fastsd.tensors import CPU, extent_items, view_items
-from fastsd.upload import Passage, Transfer, send
+from fastsd.upload import Passage, Transfer, is_cast, send
 
 _SLAB_BYTES = 64 << 20
+_OVERLAPS = 1  # ATen/MemoryOverlap.h: MemOverlap::Yes
 
 
 class _Copy(NamedTuple):
@@ -43,7 +44,7 @@ class _Deferred(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func is torch.Tensor.copy_ and len(args) >= 2 and isinstance(args[1], _Deferred):
                 source = args[1]
-                is_edited = source._version != source._begin_version
+                is_edited = _version_of(source) != source._begin_version
                 if not is_edited and source._copies.note(args[0], source.as_subclass(torch.Tensor)):
                     return args[0]
             return func(*args, **(kwargs or {}))
@@ -58,7 +59,7 @@ class Copies:
         self._mapped = sorted(mapped, key=lambda pair: pair[1].begin)
         self._begins = [file.begin for _, file in self._mapped]
         self._passage = passage
-        self._copies: dict[tuple[str, int, int], _Copy] = {}
+        self._copies: dict[tuple[Any, ...], _Copy] = {}
 
     def __enter__(self) -> Copies:
         return self
@@ -70,25 +71,22 @@ class Copies:
     def defer(self, state: MutableMapping[str, Any]) -> None:
         """Puts tensors that note their copies in the place of those over the files."""
         for name, value in state.items():
-            # A module may keep what it takes as extra state.
-            is_kept = name.endswith("_extra_state")
-            if type(value) is torch.Tensor and not is_kept and self._find(value) is not None:
+            if type(value) is torch.Tensor and self._find(value) is not None:
                 deferred = value.as_subclass(_Deferred)
                 deferred._copies = self
-                deferred._begin_version = value._version
+                deferred._begin_version = _version_of(value)
                 state[name] = deferred
 
     def note(self, target: torch.Tensor, source: torch.Tensor) -> bool:
         """Puts a copy off; False if it is none for this, and to be made now."""
-        if not gpu.is_served(target.device) or target.shape != source.shape:
-            return False
-        is_simple = source.is_contiguous() and not (source.is_conj() or source.is_neg())
-        if not is_simple or target.is_conj() or target.is_neg():
+        if not (_can_be_filled_later(target) and _is_sure(target, source)):
             return False
         # Of several into the same memory the last one counts.
-        key = (str(target.device), target.data_ptr(), target.nbytes)
+        key = (str(target.device), target.data_ptr(), target.shape, target.stride(), target.dtype)
         self._copies.pop(key, None)
         self._copies[key] = _Copy(target.detach(), source)
+        # For autograd it is edited now; older releases have no other way to say so.
+        target.detach().as_strided((0,), (1,)).zero_()
         return True
 
     def carry_out(self) -> None:
@@ -160,6 +158,35 @@ class Copies:
         return number, file.offset + tensor.data_ptr() - file.begin
 
 
+def _version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor has been edited; those of inference_mode do not count that."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _can_be_filled_later(target: torch.Tensor) -> bool:
+    """Whether a tensor is memory of a GPU that the core reaches, and nothing more. Subclasses have
+    their own ways to be copied into."""
+    return (
+        type(target) in (torch.Tensor, nn.Parameter)
+        and target.layout == torch.strided
+        and gpu.is_served(target.device)
+        and not (target.is_conj() or target.is_neg())
+    )
+
+
+def _is_sure(target: torch.Tensor, source: torch.Tensor) -> bool:
+    """Whether torch would make a copy without an error or a warning, which would come too late."""
+    is_castable = is_cast(target.dtype) and is_cast(source.dtype)
+    return (
+        target.shape == source.shape
+        and (target.dtype == source.dtype or is_castable)
+        and source.is_contiguous()
+        and not (source.is_conj() or source.is_neg())
+        and (not target.is_inference() or torch.is_inference_mode_enabled())
+        and torch._debug_has_internal_overlap(target) != _OVERLAPS
+    )
+
+
 def _overlap(copies: Iterable[_Copy]) -> bool:
     """Whether any two go to the same memory, at least in part."""
     ranges = sorted((str(c.target.device), c.target.data_ptr(), _end(c.target)) for c in copies)
@@ -193,14 +220,14 @@ def _is_served(tensor: object) -> bool:
 
 
 def _loads_plainly(module: nn.Module) -> bool:
-    kind = type(module)
-    load = kind._load_from_state_dict
-    is_torchs = load.__module__ == "torch.nn.modules.module" or load.__module__.startswith(
+    load = getattr(module._load_from_state_dict, "__module__", "")
+    is_torchs = load == "torch.nn.modules.module" or load.startswith(
         ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm")
     )
     return (
         is_torchs
-        and kind.load_state_dict is nn.Module.load_state_dict
+        and getattr(module.load_state_dict, "__func__", None) is nn.Module.load_state_dict
+        and type(module).set_extra_state is nn.Module.set_extra_state
         and not module._load_state_dict_pre_hooks
         and not module._load_state_dict_post_hooks
     )

@@ -490,6 +490,7 @@ class _Records:
         self._byte_order = reader.section(fsd.Section.BYTE_ORDER)
         if reader.format == "fsd":
             self._byte_order = b"little"
+        self._is_turned = self._byte_order == b"big" or is_turned_by_default(reader)
         self._places = reader.storage_places()
         self._storages: dict[str, torch.Tensor] | None = None
 
@@ -510,7 +511,7 @@ class _Records:
         if nbytes < stored:
             tensor = self._cut(tensor.untyped_storage(), nbytes)
         # Those in the other byte order are turned around in memory before they are moved.
-        if self._reader.is_mapped and self._byte_order != b"big":
+        if self._reader.is_mapped and not self._is_turned:
             self._read_when_moved(key, tensor.untyped_storage())
         return tensor
 

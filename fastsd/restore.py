@@ -13,7 +13,7 @@ import torch
 
 from fastsd import _core, pickled, tree
 from fastsd.archive import load_tensors
-from fastsd.errors import DeviceError, FormatError, UnsupportedError
+from fastsd.errors import FormatError, UnsupportedError
 from fastsd.formats import fsd
 from fastsd.names import Choice, NameRules
 from fastsd.placement import place_storages
@@ -112,10 +112,10 @@ def _restore_whole(
 
 @contextmanager
 def _naming(reader: _core.Reader) -> Iterator[None]:
-    """Errors of fastsd name the file; those of a ``map_location`` are torch's own."""
+    """Errors of the format name the file; those of a ``map_location`` are torch's own."""
     try:
         yield
-    except (FormatError, DeviceError) as error:
+    except FormatError as error:
         error.path = reader.name
         raise
 

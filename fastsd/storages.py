@@ -46,9 +46,9 @@ def place(
     """Puts storages of tensors, of all or those of ascending numbers, where they belong, and casts
     them.
 
-    ``restore`` is what torch does with a storage in host memory, None: nothing. Where it moves one
-    to an accelerator and does nothing else, that is done here, from the file; and so with all that
-    were saved from the same device, unless ``asks_each``: it is somebody's own.
+    ``restore`` is what torch does with a storage in host memory, None: nothing. If ``asks_each`` it
+    is somebody's own, and has each of them; else it is torch's, and asked once for each device that
+    they were saved from.
 
     Raises DeviceError, torch's errors, and UnsupportedError for memory that tensors of several
     dtypes share and that would have to be cast.
@@ -58,7 +58,7 @@ def place(
     dtypes = {n: dtype for n, dtype in dtypes.items() if dtype != passage.dtype}
     places: Mapping[int, _Place] = dict.fromkeys(records, torch.device(CPU))
     if restore is not None:
-        places = _find_places(reader, restore, records, asks_each)
+        places = _find_places(reader, restore, records, passage, asks_each)
     storages: dict[int, torch.UntypedStorage] = {}
     moves = []
     for number, where in places.items():
@@ -83,38 +83,52 @@ def _find_places(
     reader: _core.Reader,
     restore: Restore,
     records: Mapping[int, StorageRecord],
+    passage: Passage,
     asks_each: bool,
 ) -> dict[int, _Place]:
     places: dict[int, _Place] = {}
-    moves: dict[str, torch.device] = {}  # of storages saved from these devices
+    moves: dict[str, torch.device | None] = {}  # of storages saved from these devices
     for number, record in records.items():
-        known = moves.get(record.device)
-        if known is not None:
-            places[number] = known
-            continue
-        storage = reader.base(number, 0, record.nbytes).untyped_storage()
-        place = _ask(restore, storage, record.device)
-        if isinstance(place, torch.device) and not asks_each:
-            moves[record.device] = place
-        places[number] = place
+        if not asks_each and record.device not in moves:
+            moves[record.device] = _find_move(restore, record.device)
+        where = moves.get(record.device)
+        places[number] = _ask(reader, restore, number, record, passage) if where is None else where
     return places
 
 
-def _ask(restore: Restore, storage: torch.UntypedStorage, tag: str) -> _Place:
-    """Where ``restore`` moves a storage in host memory to, without moving it, if that is an
-    accelerator and all it does; else what it gives."""
-    stand_ins: list[tuple[torch.UntypedStorage, torch.device]] = []
+def _find_move(restore: Restore, tag: str) -> torch.device | None:
+    """Where ``restore`` moves storages in host memory to, if that is all it does."""
+    stand_in = torch.UntypedStorage(0, device="meta")  # equal to nothing else
+    devices = [torch.device(CPU)]
 
     def note(device: torch.device) -> torch.UntypedStorage:
-        stand_ins.append((torch.UntypedStorage(0, device="meta"), device))  # equal to nothing else
-        return stand_ins[-1][0]
+        devices.append(device)
+        return stand_in
 
+    storage = torch.UntypedStorage(0, device=CPU)
     with moved_by(storage, note):
         result = restore(storage, tag)
-    for stand_in, device in stand_ins:
-        if result is stand_in:
-            return device
-    return restore(storage, tag) if stand_ins else result
+    return devices[-1] if result is (storage if len(devices) == 1 else stand_in) else None
+
+
+def _ask(
+    reader: _core.Reader,
+    restore: Restore,
+    number: int,
+    record: StorageRecord,
+    passage: Passage,
+) -> torch.UntypedStorage:
+    """What ``restore`` makes of a storage in host memory. Where it moves that to an accelerator the
+    bytes are read from the file, at once, as it may look at them there."""
+
+    def move(device: torch.device) -> torch.UntypedStorage:
+        (target,) = gpu.allocate([record.nbytes], device)
+        _fill(reader, [_Move(number, record, device, None)], {number: target}, passage)
+        return target
+
+    storage = reader.base(number, 0, record.nbytes).untyped_storage()
+    with moved_by(storage, move):
+        return restore(storage, record.device)
 
 
 def _find_dtypes(reader: _core.Reader, numbers: Iterable[int] | None) -> dict[int, torch.dtype]:
@@ -143,24 +157,29 @@ def _carry_out(
         own = [move for move in moves if move.device == device]
         targets = gpu.allocate([_count_bytes(move, passage.dtype) for move in own], device)
         storages.update((move.number, t) for move, t in zip(own, targets, strict=True))
-    straight = [move for move in moves if move.dtype is None]
-    checksums = send(
-        reader,
-        [
-            Transfer(m.record.offset, m.record.nbytes, m.device, storages[m.number])
-            for m in straight
-        ],
-        passage,
-    )
-    for move, checksum in zip(straight, checksums, strict=False):
-        if move.record.checksum is not None:
-            is_right = checksum == move.record.checksum
-            found = passage.right if is_right else passage.damaged
-            found.setdefault(reader, []).append(move.number)
+    _fill(reader, [move for move in moves if move.dtype is None], storages, passage)
     for device in dict.fromkeys(move.device for move in moves):
         casts = [move for move in moves if move.dtype is not None and move.device == device]
         _cast_on_the_way(reader, casts, storages, passage)
     return storages
+
+
+def _fill(
+    reader: _core.Reader,
+    moves: Sequence[_Move],
+    storages: Mapping[int, torch.UntypedStorage],
+    passage: Passage,
+) -> None:
+    """Fills storages with what is in the file, and compares checksums if that is asked for."""
+    transfers = [
+        Transfer(m.record.offset, m.record.nbytes, m.device, storages[m.number]) for m in moves
+    ]
+    checksums = send(reader, transfers, passage)
+    for move, checksum in zip(moves, checksums, strict=False):
+        if move.record.checksum is not None:
+            is_right = checksum == move.record.checksum
+            found = passage.right if is_right else passage.damaged
+            found.setdefault(reader, []).append(move.number)
 
 
 def _count_bytes(move: _Move, dtype: torch.dtype | None) -> int:

@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -57,6 +58,13 @@ def save_as(obj, folder, format):
 
 
 FORMATS = ["fsd", "pth", "safetensors"]
+
+
+@pytest.fixture
+def torch_moves(stub_gpu, monkeypatch):
+    """What torch itself moves to a GPU gets there, too: to host memory."""
+    monkeypatch.setattr(torch.UntypedStorage, "to", lambda self, **_: self.clone())
+    return stub_gpu
 
 
 # ---- Bytes ----
@@ -152,18 +160,65 @@ def test_a_callable_spreads_a_file(stub_gpu, tmp_path, format, mmap):
     assert stub_gpu.get("copies") > 0
 
 
-def test_a_callable_may_do_anything(stub_gpu, tmp_path):
+def _check_size(storage, moved):
+    assert moved.nbytes() == len(moved) == storage.nbytes()
+    return moved
+
+
+CALLABLES = {
+    "copies": lambda storage: torch.UntypedStorage(storage.nbytes()).copy_(storage),
+    "looks": lambda storage: storage if bytes(storage.cuda()) == bytes(storage) else None,
+    "returns": lambda storage: storage.cuda(1).cpu(),
+    "measures": lambda storage: _check_size(storage, storage.cuda()),
+    "cuts": lambda storage: storage.cuda()[:],
+    "edits": lambda storage: _turn(storage.cuda()),
+}
+
+
+def _turn(storage):
+    storage.byteswap(torch.float32)
+    return storage
+
+
+@pytest.mark.parametrize("which", CALLABLES)
+@pytest.mark.parametrize("format", ["fsd", "pth"])
+@pytest.mark.parametrize("mmap", [None, False])
+def test_a_callable_may_do_anything(torch_moves, tmp_path, which, format, mmap):
+    """It is called once for each storage, and sees what torch.load would show it."""
     state = {"a": torch.arange(10.0), "b": torch.arange(5.0)}
-    path = save_as(state, tmp_path, "fsd")
-    seen = []
+    path = save_as(state, tmp_path, format)
+    torch.save(state, tmp_path / "oracle")
+    calls = []
 
-    def look(storage, location):
-        seen.append(bytes(storage)[:8])
-        return torch.UntypedStorage(storage.nbytes()).copy_(storage)
+    def place(storage, location):
+        calls.append(storage.nbytes())
+        return CALLABLES[which](storage)
 
-    assert_same(fastsd.load(path, map_location=look), state)
-    assert seen == [np.arange(2, dtype=np.float32).tobytes()] * 2
-    assert stub_gpu.allocated == []
+    loaded = fastsd.load(path, map_location=place, mmap=mmap)
+    assert sorted(calls) == [20, 40]
+    assert_same(loaded, torch.load(tmp_path / "oracle", map_location=place))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_callable_with_casts_and_checksums(stub_gpu, tmp_path, format):
+    path = save_as(make_state(), tmp_path, format)
+    options = {} if format == "safetensors" else {"verify": "checksums"}
+    loaded = fastsd.load(
+        path, map_location=lambda storage, _: storage.cuda(1), dtype=torch.float16, **options
+    )
+    for name, expected in fastsd.load(path).items():
+        cast = expected.half() if expected.is_floating_point() else expected
+        assert torch.equal(loaded[name], cast), name
+    assert stub_gpu.devices == {"cuda:1"}
+
+
+def test_places_are_found_without_reading(stub_gpu, tmp_path, monkeypatch):
+    path = save_as({"a": torch.ones(1000)}, tmp_path, "fsd")
+    monkeypatch.setattr(
+        "fastsd.storages._ask", lambda *_: pytest.fail("a storage was read to be asked for")
+    )
+    for location in ("cuda", {"cpu": "cuda:1"}, {"cuda:0": "cpu", "cpu": "cpu"}):
+        fastsd.load(path, map_location=location, mmap=False)
 
 
 def test_storages_are_not_marked_for_ever(stub_gpu, tmp_path):
@@ -201,6 +256,35 @@ def test_pickled_objects(stub_gpu, tmp_path, format):
     assert torch.equal(loaded["b"], torch.ones(3))
     assert stub_gpu.get("bytes") == 20_012
     assert stub_gpu.devices == {"cuda:0"}
+
+
+def save_big_endian(obj, folder, *, says_so=True):
+    """As torch.save does on such a machine."""
+    torch.save(obj, folder / "little.pth")
+    path = folder / "big.pth"
+    with zipfile.ZipFile(folder / "little.pth") as little, zipfile.ZipFile(path, "w") as big:
+        for name in little.namelist():
+            data = little.read(name)
+            if "/data/" in name:
+                data = np.frombuffer(data, dtype=np.float32).byteswap().tobytes()
+            if not name.endswith("/byteorder"):
+                big.writestr(name, data)
+            elif says_so:
+                big.writestr(name, b"big")
+    return path
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+@pytest.mark.parametrize("mmap", [None, False])
+def test_what_is_turned_around_in_memory(torch_moves, tmp_path, says_so, mmap):
+    path = save_big_endian({"a": torch.arange(10.0)}, tmp_path, says_so=says_so)
+    order = torch.serialization.LoadEndianness.BIG
+    torch.serialization.set_default_load_endianness(None if says_so else order)
+    try:
+        loaded = fastsd.load(path, map_location="cuda", mmap=mmap)
+    finally:
+        torch.serialization.set_default_load_endianness(None)
+    assert torch.equal(loaded["a"], torch.arange(10.0))
 
 
 # ---- On the way ----
@@ -271,6 +355,21 @@ def test_checksums_are_compared_on_the_way(stub_gpu, tmp_path, format, monkeypat
     with pytest.raises(fastsd.ChecksumError, match='"numbers"') as caught:
         fastsd.load(path, map_location="cuda", verify="checksums")
     assert caught.value.tensors == ("numbers",)
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda", None])
+@pytest.mark.parametrize("options", [{}, {"select": "numbers"}, {"dtype": torch.float16}])
+def test_checksums_of_streams(stub_gpu, where, options):
+    """Of all that came out of them, whatever is made of it."""
+    stream = io.BytesIO()
+    fastsd.save(make_state(), stream)
+    stream.seek(0)
+    loaded = fastsd.load(stream, map_location=where, verify="checksums", **options)
+    assert torch.equal(loaded["numbers"], torch.arange(1000))
+    data = bytearray(stream.getvalue())
+    data[-4] ^= 1  # in what select leaves out
+    with pytest.raises(fastsd.ChecksumError, match='"large"'):
+        fastsd.load(io.BytesIO(data), map_location=where, verify="checksums", **options)
 
 
 def test_what_was_checked_on_the_way_is_not_read_again(stub_gpu, tmp_path):
@@ -435,6 +534,148 @@ def test_modules_with_code_of_their_own_get_what_they_expect(all_served, tmp_pat
     assert torch.equal(seen[0], source.weight)
 
 
+def test_modules_whose_extra_state_looks_at_weights(all_served, tmp_path):
+    class Looking(nn.Linear):
+        def get_extra_state(self):
+            return torch.tensor(1.0)
+
+        def set_extra_state(self, state):
+            self.seen = self.weight.detach().clone()
+
+    source, target = Looking(3, 3), Looking(3, 3)
+    fastsd.load_into(target, save_as(source.state_dict(), tmp_path, "fsd"))
+    assert torch.equal(target.seen, source.weight)
+
+
+def test_modules_with_a_method_of_their_own(all_served, tmp_path):
+    source, target = nn.Linear(3, 3), nn.Linear(3, 3)
+    load = target._load_from_state_dict
+
+    def load_and_double(*args):
+        load(*args)
+        target.weight.data.mul_(2)
+
+    target._load_from_state_dict = load_and_double
+    fastsd.load_into(target, save_as(source.state_dict(), tmp_path, "fsd"))
+    assert torch.equal(target.weight, source.weight * 2)
+
+
+def test_modules_that_swap_their_parameters(all_served, tmp_path):
+    source, target = nn.Linear(3, 3), nn.Linear(3, 3)
+    path = save_as(source.state_dict(), tmp_path, "fsd")
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        fastsd.load_into(target, path)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert_same(dict(target.state_dict()), dict(source.state_dict()))
+    assert type(target.weight) is nn.Parameter
+
+
+def test_into_under_inference_mode(all_served, tmp_path):
+    source, target = nn.Linear(3, 3), nn.Linear(3, 3)
+    path = save_as(source.state_dict(), tmp_path, "fsd")
+    with torch.inference_mode():
+        own = {"weight": torch.zeros(3, 3), "bias": torch.zeros(3)}
+        fastsd.load_into(target, path)
+        fastsd.load_into(own, path)
+    assert_same(dict(target.state_dict()), dict(source.state_dict()))
+    assert torch.equal(own["weight"], source.weight)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        fastsd.load_into(own, path)
+
+
+def test_into_a_mapping_whose_keys_are_no_strings(all_served, tmp_path):
+    target = {0: torch.zeros(3)}
+    fastsd.load_into(target, save_as({0: torch.ones(3)}, tmp_path, "fsd"))
+    assert target[0].tolist() == [1, 1, 1]
+
+
+def test_views_of_as_many_bytes_from_the_same_place(all_served, tmp_path):
+    path = save_as({"even": torch.full((4,), 1.0), "first": torch.full((4,), 2.0)}, tmp_path, "fsd")
+    memory = torch.zeros(8)
+    fastsd.load_into({"even": memory[::2], "first": memory[:4]}, path)
+    assert memory.tolist() == [2, 2, 2, 2, 1, 0, 1, 0]
+
+
+def test_what_torch_refuses_to_copy_into(all_served, tmp_path):
+    """It says so for each tensor, and fills the others."""
+
+    def make():
+        module = nn.Module()
+        module.register_buffer("a", torch.zeros(1).expand(4))
+        module.register_buffer("b", torch.zeros(3))
+        return module
+
+    state = {"a": torch.ones(4), "b": torch.ones(3)}
+    ours, theirs = make(), make()
+    with pytest.raises(RuntimeError) as expected:
+        theirs.load_state_dict(state)
+    with pytest.raises(RuntimeError) as caught:
+        fastsd.load_into(ours, save_as(state, tmp_path, "fsd"))
+    assert str(caught.value) == str(expected.value)
+    assert ours.b.tolist() == [1, 1, 1]
+
+
+def test_autograd_knows_of_copies(all_served, tmp_path):
+    path = save_as({"weight": torch.ones(3)}, tmp_path, "fsd")
+    weight = torch.zeros(3, requires_grad=True)
+    result = (weight * weight).sum()
+    fastsd.load_into({"weight": weight}, path)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.backward()
+
+
+class Doubled(torch.Tensor):
+    """A subclass without memory of its own, as distributed and quantized tensors are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        assert func is torch.ops.aten.copy_.default
+        args[0].inner.copy_(args[1] * 2)
+        return args[0]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def test_subclasses_are_copied_into_by_their_own_code(all_served, tmp_path):
+    module = nn.Module()
+    module.register_buffer("a", Doubled(torch.zeros(4)))
+    fastsd.load_into(module, save_as({"a": torch.ones(4)}, tmp_path, "fsd"))
+    assert module.a.inner.tolist() == [2] * 4
+
+
+def test_bytes_that_unpickling_has_changed(all_served, tmp_path):
+    """In memory, in mapped pages: they are not those of the file."""
+    path = save_big_endian({"a": torch.arange(10.0)}, tmp_path)
+    target = {"a": torch.zeros(10)}
+    fastsd.load_into(target, path)
+    assert torch.equal(target["a"], torch.arange(10.0))
+
+    tensor = torch.ones(4)
+    torch.save({"box": Tripling(tensor), "a": tensor}, tmp_path / "x.pth")
+    target = {"a": torch.zeros(4)}
+    fastsd.load_into(target, tmp_path / "x.pth", strict=False, weights_only=False)
+    assert target["a"].tolist() == [3] * 4
+
+
+class Tripling:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __setstate__(self, state):
+        self.tensor = state["tensor"].mul_(3)
+
+
 # ---- Failures ----
 
 
@@ -446,6 +687,25 @@ def test_a_copy_that_fails(stub_gpu, tmp_path):
     _core.release_pinned()
     stub_gpu.reset()
     assert_same(fastsd.load(path, map_location="cuda"), make_state())
+
+
+FAILING = {
+    "x.fsd": [
+        lambda path: fastsd.load_into({"weight": torch.zeros(3)}, path),
+        lambda path: fastsd.open(path, device="cuda")["weight"],
+    ],
+    "x.pth": [lambda path: fastsd.load(path, map_location="cuda", weights_only=False)],
+}
+
+
+@pytest.mark.parametrize(("name", "load"), [(n, load) for n in FAILING for load in FAILING[n]])
+def test_errors_name_the_file(all_served, tmp_path, name, load):
+    fastsd.save({"weight": torch.ones(3)}, tmp_path / "x.fsd")
+    torch.save({"box": Box(torch.ones(3))}, tmp_path / "x.pth")
+    all_served.set("fail_copy", 1)
+    with pytest.raises(fastsd.DeviceError, match=re.escape(f"{name}: cu")):
+        load(tmp_path / name)
+    _core.release_pinned()
 
 
 def test_no_room_on_the_gpu(stub_gpu, tmp_path, monkeypatch):

@@ -141,9 +141,11 @@ bool Gpu::pin(void* memory, std::size_t bytes) const {
   return functions().register_host(memory, bytes, kRegisterPortable) == kSuccess;
 }
 
-void Gpu::unpin(void* memory) const {
-  const Current current(*this);
+void Gpu::unpin(void* memory) const noexcept {
+  ContextHandle popped = nullptr;
+  if (functions().push_context(context_) != kSuccess) return;
   functions().unregister_host(memory);
+  functions().pop_context(&popped);
 }
 
 // ---- Event ----

@@ -84,7 +84,7 @@ class Gpu {
   // Locks pages of memory, so that copies need not wait for the processor. Returns whether the
   // system allows that; without it copies are right, and slower.
   bool pin(void* memory, std::size_t bytes) const;
-  void unpin(void* memory) const;
+  void unpin(void* memory) const noexcept;  // does nothing once the driver, or the GPU, is gone
 
  private:
   friend class Current;

@@ -34,6 +34,7 @@ struct Piece {
 struct Step {
   std::uint64_t begin;  // in the file
   std::uint64_t end;
+  std::uint64_t wanted;  // bytes of pieces
   int gpu;
   std::size_t first_piece;
   std::size_t piece_count;
@@ -89,12 +90,13 @@ class Upload {
                              at >= steps_.back().end && at - steps_.back().end <= kGapBytesMax;
         std::uint64_t end_max = is_near ? block_of(steps_.back().begin) + room - file_.begin() : 0;
         if (end_max <= at) {
-          steps_.push_back({at, at, transfer.gpu, pieces_.size(), 0});
+          steps_.push_back({at, at, 0, transfer.gpu, pieces_.size(), 0});
           end_max = block_of(at) + room - file_.begin();
         }
         const std::uint64_t bytes = std::min(transfer.bytes - done, end_max - at);
         pieces_.push_back({i, at, bytes, transfer.target + done});
         steps_.back().end = at + bytes;
+        steps_.back().wanted += bytes;
         ++steps_.back().piece_count;
         done += bytes;
       }
@@ -129,7 +131,7 @@ class Upload {
     } else {
       do_step_through_ring(ring, step);
     }
-    if (options_.done != nullptr) *options_.done += step.end - step.begin;
+    if (options_.done != nullptr) *options_.done += step.wanted;
   }
 
   void do_step_through_ring(Ring& ring, const Step& step) {
@@ -226,9 +228,14 @@ class Upload {
 
 std::vector<std::uint32_t> upload(const File& file, const std::vector<Transfer>& transfers,
                                   const UploadOptions& options, const Interrupt& interrupt) {
-  std::vector<std::uint32_t> checksums = Upload(file, transfers, options).run(interrupt);
-  if (options.checksum != nullptr) checksums.resize(transfers.size());  // of none: 0
-  return checksums;
+  try {
+    std::vector<std::uint32_t> checksums = Upload(file, transfers, options).run(interrupt);
+    if (options.checksum != nullptr) checksums.resize(transfers.size());  // of none: 0
+    return checksums;
+  } catch (Error& error) {
+    if (error.path.empty()) error.path = file.name();
+    throw;
+  }
 }
 
 }  // namespace fastsd::cuda

@@ -210,6 +210,9 @@ TEST(cuda_upload_counts_bytes) {
   options.done = &done;
   upload(sample.file(), {sample.transfer(0, 3 * kMiB)}, options, {});
   CHECK(done == 3 * kMiB);
+  done = 0;
+  upload(sample.file(), {sample.transfer(0, 10), sample.transfer(1000, 10)}, options, {});
+  CHECK(done == 20);  // not what lies between them
 }
 
 // ---- The ring ----
@@ -229,6 +232,16 @@ TEST(cuda_ring_is_bounded_and_used_again) {
   CHECK(stub.get("pinned_peak") <= static_cast<long>(3 * kSlabBytes));
   CHECK(stub.get("unpinned_copies") == copies);
   Ring::shared().set_bytes_max(Ring::kBytesMaxDefault);
+}
+
+TEST(cuda_pinned_memory_of_a_driver_that_is_gone) {
+  Stub stub;
+  Sample sample(20 * kMiB);
+  upload(sample.file(), {sample.transfer(0, 20 * kMiB)}, to_gpus(), {});
+  CHECK(stub.get("pinned") > 0);
+  stub.set("is_gone", 1);
+  Ring::shared().empty();
+  CHECK(Ring::shared().bytes() == 0);
 }
 
 TEST(cuda_ring_shrinks) {
@@ -319,6 +332,20 @@ TEST(cuda_direct_storage_of_a_file_that_becomes_shorter) {
 }
 
 // ---- Failures ----
+
+TEST(cuda_errors_name_the_file) {
+  Stub stub;
+  stub.set("fail_copy", 1);
+  Sample sample(10);
+  try {
+    upload(sample.file(), {sample.transfer(0, 10)}, to_gpus(), {});
+    CHECK(false);
+  } catch (const Error& error) {
+    CHECK(error.path == sample.file().name());
+  }
+  Ring::shared().empty();
+  stub.recover();
+}
 
 TEST(cuda_copy_that_fails_in_the_middle) {
   Stub stub;

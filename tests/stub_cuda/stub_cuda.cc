@@ -319,7 +319,7 @@ STUB int cuDevicePrimaryCtxRelease_v2(int device) {
 
 STUB int cuCtxPushCurrent_v2(void* context) {
   const Lock lock(stub().mutex);
-  if (stub().owner != ::getpid()) return kNotInitialized;
+  if (stub().owner != ::getpid() || number("is_gone") != 0) return kNotInitialized;
   current_contexts.push_back(static_cast<Context*>(context));
   return kSuccess;
 }

@@ -18,7 +18,9 @@ void stub_reset();
 //   init_error            what cuInit() returns
 //   copy_delay_us         before a copy out of, or into, pinned memory is carried out
 //   fail_copy             the copy, counted from 1, that fails as it is carried out; then
-//   everything does fail_pin              whether memory cannot be pinned
+//                         everything does
+//   fail_pin              whether memory cannot be pinned
+//   is_gone               whether no context can be used any more, as when a process ends
 void stub_set(const char* setting, long value);
 
 // Settings, and counts:

@@ -363,7 +363,11 @@ def test_a_child_tells_values_and_prints_to_nobody(child_code, capfd):
 @pytest.mark.parametrize(
     ("code", "complaint"),
     [
-        ('pipe.write(\'{{"error": "Oh: no"}}\\n\'); pipe.flush(); sys.exit(1)', "^Oh: no$"),
+        (
+            "message = {{'error': 'Oh: no', 'is_import': False}}\n"
+            "pipe.write(json.dumps(message) + '\\n'); pipe.flush(); sys.exit(1)",
+            "^Oh: no$",
+        ),
         ("os.kill(os.getpid(), 11)", "^ended by SIGSEGV$"),
         ("os.kill(os.getpid(), 9)", "^ended by SIGKILL$"),
         ("sys.exit('no such luck')", "^ended with code 1: no such luck$"),
@@ -467,6 +471,47 @@ def test_when_the_time_is_over_the_rest_is_named(tmp_path, fake, monkeypatch):
     assert any("the time was over" in line for line in report.list_remarks(document))
 
 
+def test_who_matters_most_is_measured_first_and_loads_before_saves(tmp_path, fake):
+    document = run_faked(tmp_path, saves=True)
+    order = [(task["do"], task["contender"]) for task in fake.tasks if task["do"] != "limits"]
+    ours = [("load", f"fastsd {format}") for format in ("fsd", "safetensors", "pth")]
+    rest = [("load", "torch pth")] * 2 + [("save", "torch pth")]
+    assert order == [*ours, *ours, ("save", "fastsd fsd"), *rest]
+    table = [(r.work, r.contender, r.cache) for r in document.results if r.contender == "torch"]
+    assert table == [("load", "torch", "warm"), ("load", "torch", "cold"), ("save", "torch", "")]
+    assert [r.contender for r in document.results][3] == "torch"  # the tables have their own order
+
+
+def test_who_lacks_a_package_is_named_and_has_not_failed(tmp_path, monkeypatch):
+    def answer(task, timeout=None):
+        error = process.ChildError("ModuleNotFoundError: No module named 'humanize'")
+        error.is_import = True
+        raise error
+        yield
+
+    monkeypatch.setattr(runner, "run_child", answer)
+    document = run_faked(tmp_path)
+    assert find(document, "torch").status == "skipped"
+    assert not document.has_failed
+    assert any("No module named 'humanize'" in line for line in report.list_remarks(document))
+
+
+def test_a_child_tells_a_failed_import_apart(monkeypatch):
+    def fail():
+        import no_such_package
+
+        yield no_such_package
+
+    monkeypatch.setitem(child._TASKS, "fail", fail)
+    source, target = os.pipe()
+    with pytest.raises(SystemExit):
+        child.main({"do": "fail"}, target)
+    told = json.loads(os.read(source, 1 << 16))
+    os.close(source)
+    assert told["is_import"]
+    assert "no_such_package" in told["error"]
+
+
 def test_time_is_shared_among_what_is_left(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
@@ -478,6 +523,18 @@ def test_time_is_shared_among_what_is_left(monkeypatch):
     now[0] = 200
     assert clock.share(3) == 1
     assert runner._Clock(None).share(3) is None
+
+
+def test_no_process_may_go_on_long_after_the_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+    clock = runner._Clock(100)
+    assert clock.timeout(5) == 65
+    now[0] = 98
+    assert clock.timeout(5) == 32
+    now[0] = 200
+    assert clock.timeout() == 30
+    assert runner._Clock(None).timeout() == 60
 
 
 def test_rounds_that_were_left_out_are_said(tmp_path, fake):

@@ -97,7 +97,7 @@ def run_command(args: argparse.Namespace) -> int:
         contenders=find_contenders(args.contenders),
     )
     with terminal.Progress(args.progress) as progress:
-        document = run(_list_sources(args), settings, args.work, progress.say)
+        document = run(_list_sources(args), settings, args.work, progress.announce)
     _write(document, args.output, args.plot)
     if args.json:
         terminal.print_json(document.to_json())

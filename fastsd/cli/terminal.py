@@ -177,10 +177,14 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Shows a text, if the last one has stood for long enough."""
-        now = time.monotonic()
-        if not self._is_shown or now - self._last < self._pause:
+        if time.monotonic() - self._last >= self._pause:
+            self.announce(text)
+
+    def announce(self, text: str) -> None:
+        """Shows a text at once: for what is begun, and takes long."""
+        if not self._is_shown:
             return
-        self._last = now
+        self._last = time.monotonic()
         sys.stderr.write(f"\r\x1b[K{text}" if self._is_terminal else f"fastsd: {text}\n")
         sys.stderr.flush()
 

@@ -65,6 +65,14 @@ def test_percentiles_interpolate():
     assert (times.p50, times.p90) == pytest.approx((2.5, 3.7))
 
 
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_600, "1 MB"), (1_234_567_890, "1.23 GB")],
+)
+def test_sizes_have_three_digits(nbytes, text):
+    assert results.format_size(nbytes) == text
+
+
 LIMITS = (
     Limit("memcpy", "", 10.0),
     Limit("pread", "", 8.0),
@@ -624,8 +632,10 @@ def test_the_help_has_examples_and_contenders(command):
         (["--cache", "tepid"], "must be warm, cold or warm,cold"),
         (["--contenders", "turbo"], "no contender is called 'turbo'"),
         (["--size", "big"], "must be a size"),
+        (["--size", "1MB,0"], "must be at least a byte"),
         (["--output", "x.txt"], "must end in .json or .md"),
         (["--work", "missing"], "missing: No such file or directory"),
+        (["--work", __file__], "test_bench.py: Not a directory"),
     ],
 )
 def test_what_cannot_start_says_why(command, argv, complaint, tmp_path, monkeypatch):

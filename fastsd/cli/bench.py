@@ -156,7 +156,10 @@ def _count(text: str) -> int:
 
 
 def _sizes(text: str) -> list[int]:
-    return [max(1, parse_size(part)) for part in text.split(",")]
+    sizes = [parse_size(part) for part in text.split(",")]
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError("must be at least a byte")
+    return sizes
 
 
 def _devices(text: str) -> tuple[str, ...]:

@@ -590,13 +590,27 @@ def test_the_document_is_json_and_complete(tmp_path, fake):
 
 def test_tables_and_markdown_say_the_same(tmp_path, fake):
     document = run_faked(tmp_path, saves=True)
-    loads, saves, limits = report.list_tables(document)
-    assert all(len(row) == len(t.columns) for t in (loads, saves, limits) for row in t.rows)
+    tables = list(report.list_tables(document))
+    titles = [table.title.partition(": ")[2].partition(":")[0] for table in tables]
+    limits = "what the machine does at best"
+    assert titles == ["loading to cpu, warm", "loading to cpu, cold", "saving from cpu", limits]
+    assert all(len(row) == len(t.columns) for t in tables for row in t.rows)
     markdown = report.build_markdown(document)
-    for row in loads.rows:
+    for row in tables[0].rows:
         assert f"| {' | '.join(row)} |" in markdown
     assert report.describe_machine(document) in markdown
     assert "failed: ended by SIGSEGV" in markdown
+
+
+@pytest.mark.parametrize(
+    ("width", "lacking"),
+    [(120, {"notes"}), (86, {"notes", "p90"}), (40, {"notes", *report._SPARE})],
+)
+def test_narrow_terminals_get_fewer_columns(width, lacking):
+    row = ["fastsafetensors", "safetensors", *["1,234"] * 5, "0.123", "61%", "readahead", ""]
+    table = report.fit(report.Table("", report._LOADS, [row]), width)
+    assert set(report._LOADS) - set(table.columns) == lacking
+    assert table.rows == [[row[report._LOADS.index(column)] for column in table.columns]]
 
 
 def test_a_picture_is_drawn(tmp_path, fake):
@@ -679,7 +693,9 @@ def test_results_go_to_stdout_and_to_files(command, tmp_path, fake):
     files = ["--output", tmp_path / "x.json", "--output", tmp_path / "x.md"]
     code, out, err = command(*options, *files)
     assert (code, err) == (0, "")
-    assert "synthetic 1 MB, 300 x bfloat16: loading, 300 tensors, 1 MB, bfloat16" in out
+    assert (
+        "synthetic 1 MB, 300 x bfloat16: loading to cpu, warm: 300 tensors, 1 MB, bfloat16" in out
+    )
     assert "O_DIRECT" not in out
     assert json.loads((tmp_path / "x.json").read_text())["settings"]["devices"] == ["cpu"]
     assert (tmp_path / "x.md").read_text().startswith("# Loading and saving weights\n")

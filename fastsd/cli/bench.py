@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import signal
 import sys
 from importlib.util import find_spec
@@ -139,9 +140,12 @@ def _write(document: Document, outputs: list[Path], picture: Path | None) -> Non
 
 def _print(document: Document) -> None:
     terminal.print_lines([report.describe_machine(document)])
+    is_narrow = sys.stdout.isatty()
     for table in report.list_tables(document):
         terminal.print_lines(["", table.title])
-        terminal.print_table(table.columns, table.rows, right=report.NUMBERS)
+        columns = shutil.get_terminal_size().columns
+        _, names, rows = report.fit(table, columns) if is_narrow else table
+        terminal.print_table(names, rows, right=report.NUMBERS, folding=report.FOLDING)
     terminal.print_lines()
     terminal.print_lines(report.list_remarks(document))
 

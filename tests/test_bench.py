@@ -65,6 +65,14 @@ def test_percentiles_interpolate():
     assert (times.p50, times.p90) == pytest.approx((2.5, 3.7))
 
 
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_600, "1 MB"), (1_234_567_890, "1.23 GB")],
+)
+def test_sizes_have_three_digits(nbytes, text):
+    assert results.format_size(nbytes) == text
+
+
 LIMITS = (
     Limit("memcpy", "", 10.0),
     Limit("pread", "", 8.0),
@@ -363,7 +371,11 @@ def test_a_child_tells_values_and_prints_to_nobody(child_code, capfd):
 @pytest.mark.parametrize(
     ("code", "complaint"),
     [
-        ('pipe.write(\'{{"error": "Oh: no"}}\\n\'); pipe.flush(); sys.exit(1)', "^Oh: no$"),
+        (
+            "message = {{'error': 'Oh: no', 'is_import': False}}\n"
+            "pipe.write(json.dumps(message) + '\\n'); pipe.flush(); sys.exit(1)",
+            "^Oh: no$",
+        ),
         ("os.kill(os.getpid(), 11)", "^ended by SIGSEGV$"),
         ("os.kill(os.getpid(), 9)", "^ended by SIGKILL$"),
         ("sys.exit('no such luck')", "^ended with code 1: no such luck$"),
@@ -467,6 +479,47 @@ def test_when_the_time_is_over_the_rest_is_named(tmp_path, fake, monkeypatch):
     assert any("the time was over" in line for line in report.list_remarks(document))
 
 
+def test_who_matters_most_is_measured_first_and_loads_before_saves(tmp_path, fake):
+    document = run_faked(tmp_path, saves=True)
+    order = [(task["do"], task["contender"]) for task in fake.tasks if task["do"] != "limits"]
+    ours = [("load", f"fastsd {format}") for format in ("fsd", "safetensors", "pth")]
+    rest = [("load", "torch pth")] * 2 + [("save", "torch pth")]
+    assert order == [*ours, *ours, ("save", "fastsd fsd"), *rest]
+    table = [(r.work, r.contender, r.cache) for r in document.results if r.contender == "torch"]
+    assert table == [("load", "torch", "warm"), ("load", "torch", "cold"), ("save", "torch", "")]
+    assert [r.contender for r in document.results][3] == "torch"  # the tables have their own order
+
+
+def test_who_lacks_a_package_is_named_and_has_not_failed(tmp_path, monkeypatch):
+    def answer(task, timeout=None):
+        error = process.ChildError("ModuleNotFoundError: No module named 'humanize'")
+        error.is_import = True
+        raise error
+        yield
+
+    monkeypatch.setattr(runner, "run_child", answer)
+    document = run_faked(tmp_path)
+    assert find(document, "torch").status == "skipped"
+    assert not document.has_failed
+    assert any("No module named 'humanize'" in line for line in report.list_remarks(document))
+
+
+def test_a_child_tells_a_failed_import_apart(monkeypatch):
+    def fail():
+        import no_such_package
+
+        yield no_such_package
+
+    monkeypatch.setitem(child._TASKS, "fail", fail)
+    source, target = os.pipe()
+    with pytest.raises(SystemExit):
+        child.main({"do": "fail"}, target)
+    told = json.loads(os.read(source, 1 << 16))
+    os.close(source)
+    assert told["is_import"]
+    assert "no_such_package" in told["error"]
+
+
 def test_time_is_shared_among_what_is_left(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
@@ -478,6 +531,18 @@ def test_time_is_shared_among_what_is_left(monkeypatch):
     now[0] = 200
     assert clock.share(3) == 1
     assert runner._Clock(None).share(3) is None
+
+
+def test_no_process_may_go_on_long_after_the_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+    clock = runner._Clock(100)
+    assert clock.timeout(5) == 65
+    now[0] = 98
+    assert clock.timeout(5) == 32
+    now[0] = 200
+    assert clock.timeout() == 30
+    assert runner._Clock(None).timeout() == 60
 
 
 def test_rounds_that_were_left_out_are_said(tmp_path, fake):
@@ -525,13 +590,27 @@ def test_the_document_is_json_and_complete(tmp_path, fake):
 
 def test_tables_and_markdown_say_the_same(tmp_path, fake):
     document = run_faked(tmp_path, saves=True)
-    loads, saves, limits = report.list_tables(document)
-    assert all(len(row) == len(t.columns) for t in (loads, saves, limits) for row in t.rows)
+    tables = list(report.list_tables(document))
+    titles = [table.title.partition(": ")[2].partition(":")[0] for table in tables]
+    limits = "what the machine does at best"
+    assert titles == ["loading to cpu, warm", "loading to cpu, cold", "saving from cpu", limits]
+    assert all(len(row) == len(t.columns) for t in tables for row in t.rows)
     markdown = report.build_markdown(document)
-    for row in loads.rows:
+    for row in tables[0].rows:
         assert f"| {' | '.join(row)} |" in markdown
     assert report.describe_machine(document) in markdown
     assert "failed: ended by SIGSEGV" in markdown
+
+
+@pytest.mark.parametrize(
+    ("width", "lacking"),
+    [(120, {"notes"}), (86, {"notes", "p90"}), (40, {"notes", *report._SPARE})],
+)
+def test_narrow_terminals_get_fewer_columns(width, lacking):
+    row = ["fastsafetensors", "safetensors", *["1,234"] * 5, "0.123", "61%", "readahead", ""]
+    table = report.fit(report.Table("", report._LOADS, [row]), width)
+    assert set(report._LOADS) - set(table.columns) == lacking
+    assert table.rows == [[row[report._LOADS.index(column)] for column in table.columns]]
 
 
 def test_a_picture_is_drawn(tmp_path, fake):
@@ -567,8 +646,13 @@ def test_the_help_has_examples_and_contenders(command):
         (["--cache", "tepid"], "must be warm, cold or warm,cold"),
         (["--contenders", "turbo"], "no contender is called 'turbo'"),
         (["--size", "big"], "must be a size"),
+        (["--size", "1MB,0"], "must be at least a byte"),
         (["--output", "x.txt"], "must end in .json or .md"),
+        (["--output", "missing/x.md"], "missing: there is no such folder"),
+        (["--plot", "missing/x.png"], "missing: there is no such folder"),
+        (["--plot", "x.md"], "must end in .png, .svg or .pdf"),
         (["--work", "missing"], "missing: No such file or directory"),
+        (["--work", __file__], "test_bench.py: Not a directory"),
     ],
 )
 def test_what_cannot_start_says_why(command, argv, complaint, tmp_path, monkeypatch):
@@ -612,7 +696,9 @@ def test_results_go_to_stdout_and_to_files(command, tmp_path, fake):
     files = ["--output", tmp_path / "x.json", "--output", tmp_path / "x.md"]
     code, out, err = command(*options, *files)
     assert (code, err) == (0, "")
-    assert "synthetic 1 MB, 300 x bfloat16: loading, 300 tensors, 1 MB, bfloat16" in out
+    assert (
+        "synthetic 1 MB, 300 x bfloat16: loading to cpu, warm: 300 tensors, 1 MB, bfloat16" in out
+    )
     assert "O_DIRECT" not in out
     assert json.loads((tmp_path / "x.json").read_text())["settings"]["devices"] == ["cpu"]
     assert (tmp_path / "x.md").read_text().startswith("# Loading and saving weights\n")

@@ -8,6 +8,7 @@ import ctypes
 import io
 from collections import OrderedDict
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -161,6 +162,59 @@ def test_safetensors_refuses_what_overlaps(stub, path):
     state = stub.put({"rows": memory[:2], "transposed": memory.t()})
     with pytest.raises(fastsd.UnsupportedError, match="overlap in memory"):
         fastsd.save(state, path, format="safetensors")
+
+
+def make_random_state(random):
+    """Views of all kinds, which overlap or leave gaps, of storages up to some windows."""
+    state = {}
+    for number in range(random.randint(2, 5)):
+        dtype = random.choice([torch.uint8, torch.bfloat16, torch.float32, torch.complex128])
+        items = noise(random.choice([64, 70_000, 300_000, 3 * MIB]) // 16 * 16).view(dtype)
+        for part in range(random.randint(1, 4)):
+            begin = random.randrange(len(items))
+            width = random.randint(1, min(500, len(items)))
+            matrix = items[: len(items) // width * width].view(-1, width)
+            view = random.choice(
+                [
+                    items,
+                    items[begin : begin + width],
+                    items[begin :: random.randint(1, 9)],
+                    matrix.t(),
+                    matrix[:, width // 2],
+                    items[:1].expand(7, 3),
+                    items[:0],
+                ]
+            )
+            is_conjugated = dtype.is_complex and random.random() < 0.5
+            state[f"{number}.{part}"] = view.conj() if is_conjugated else view
+    return state
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("format", ["fsd", "pth", "safetensors"])
+def test_any_views_here_and_on_two_gpus_are_the_same_bytes(stub, format, seed, tmp_path):
+    random = Random(seed)
+    torch.manual_seed(seed)
+    state = make_random_state(random)
+    path, durable = tmp_path / "archive", random.random() < 0.4
+    try:
+        fastsd.save(state, path, format=format, durable=durable)
+    except fastsd.UnsupportedError:
+        assert format == "safetensors"  # which cannot hold what overlaps
+        return
+    wanted = path.read_bytes()
+    where = {name.split(".")[0]: random.choice([None, 0, 1]) for name in state}
+    for name, tensor in state.items():
+        if (index := where[name.split(".")[0]]) is not None:
+            stub.put(tensor, index)
+    fastsd.save(state, path, format=format, durable=durable)
+    if format == "fsd":  # where the devices are recorded
+        assert_same(fastsd.load(path, map_location="cpu", verify="checksums"), state)
+    else:
+        assert path.read_bytes() == wanted
+    stream = io.BytesIO()
+    fastsd.save(state, stream, format=format)
+    assert stream.getvalue() == path.read_bytes()
 
 
 @pytest.mark.parametrize("format", ["fsd", "pth", "safetensors"])

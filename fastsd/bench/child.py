@@ -1,7 +1,8 @@
 """One measurement, in a process of its own; and what its parent hears of it.
 
 A task is a dictionary: ``do`` names a function below, the rest are its arguments. What the function
-yields goes to the parent as lines of JSON, ``{"value": ...}``; an error, as ``{"error": text}``.
+yields goes to the parent as lines of JSON, ``{"value": ...}``; an error, as ``{"error": text,
+"is_import": bool}``.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main(task: dict[str, Any], descriptor: int) -> None:
             for value in _TASKS[task.pop("do")](**task):
                 tell({"value": value})
         except Exception as error:
-            tell({"error": _describe(error)})
+            tell({"error": _describe(error), "is_import": isinstance(error, ImportError)})
             sys.exit(1)
 
 

@@ -93,6 +93,14 @@ def _load_instanttensor(path: str, device: str) -> State:
         return dict(file.tensors())
 
 
+def _load_instanttensor_buffered(path: str, device: str) -> State:
+    """Through the page cache, past which it reads by itself."""
+    from instanttensor import BackendPolicy, safe_open
+
+    with safe_open(path, framework="pt", device=device, backend=BackendPolicy.BUFFERED) as file:
+        return dict(file.tensors())
+
+
 def _load_flashpack(path: str, device: str) -> State:
     from flashpack.deserialization import iterate_from_flash_tensor, read_flashpack_file
 
@@ -121,6 +129,11 @@ def pack_flashpack(state: dict[str, Tensor], path: str) -> None:
 
 
 _SAFETENSORS: Any = {"package": "safetensors", "modules": ("safetensors.torch",)}
+_INSTANTTENSOR: Any = {
+    "package": "instanttensor",
+    "modules": ("instanttensor",),
+    "devices": ("cuda",),
+}
 
 # In the order of the table.
 CONTENDERS = (
@@ -138,11 +151,9 @@ CONTENDERS = (
         package="fastsafetensors",
         modules=("fastsafetensors",),
     ),
+    Contender("InstantTensor", "safetensors", _load_instanttensor, **_INSTANTTENSOR),
     Contender(
-        *("InstantTensor", "safetensors", _load_instanttensor),
-        package="instanttensor",
-        modules=("instanttensor",),
-        devices=("cuda",),
+        *("InstantTensor buffered", "safetensors", _load_instanttensor_buffered), **_INSTANTTENSOR
     ),
     Contender(
         *("flashpack", "flashpack", _load_flashpack),

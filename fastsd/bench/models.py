@@ -93,7 +93,8 @@ def open_models(
 
 def _check_room(parent: Path, source: Path | Synthetic, formats: set[str]) -> None:
     if not parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(parent))
+        number = errno.ENOTDIR if parent.exists() else errno.ENOENT
+        raise OSError(number, os.strerror(number), str(parent))
     size = source.nbytes if isinstance(source, Synthetic) else size_of(str(source))
     need, free = size * (len(formats | {"fsd"}) + 1), shutil.disk_usage(parent).free
     if need > free:

@@ -14,19 +14,24 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import IO, Any
 
-# Children import what their parent would, wherever they are started.
+# Children import what their parent would, wherever they are started. What libraries do, or fail at,
+# when a process ends is not measured.
 _CODE = """\
-import sys
+import os, sys
 sys.path[:] = {path!r}
 from fastsd.bench.child import main
 main({task!r}, {descriptor})
+os._exit(0)
 """
 _END_SECONDS = 5.0
 _STOPPED = "stopped after {:.3g} s without an end"
 
 
 class ChildError(Exception):
-    """A child has failed, died or taken too long; the text says which."""
+    """A child has failed, died or taken too long; the text says which. ``is_import``: it could not
+    import what it needs."""
+
+    is_import = False
 
 
 def run_child(task: dict[str, Any], timeout: float | None = None) -> Iterator[Any]:
@@ -52,7 +57,9 @@ def run_child(task: dict[str, Any], timeout: float | None = None) -> Iterator[An
         try:
             for message in _read_lines(pipe, timeout):
                 if "error" in message:
-                    raise ChildError(message["error"])
+                    error = ChildError(message["error"])
+                    error.is_import = message["is_import"]
+                    raise error
                 yield message["value"]
             # Threads of others may not end by themselves: all has been said by then.
             with suppress(subprocess.TimeoutExpired):

@@ -7,9 +7,13 @@ from typing import NamedTuple
 
 from fastsd.bench.results import Document, ModelInfo, Result, Times, format_size
 
+FOLDING = ("notes", "how")
 NUMBERS = ("first", "call", "p50", "p90", "p99", "GB/s", "of limit")
-_LOADS = ("contender", "format", "device", "cache", *NUMBERS, "limit", "notes")
-_SAVES = ("contender", "format", "device", *(n for n in NUMBERS if n != "call"), "limit", "notes")
+_LOADS = ("contender", "format", *NUMBERS, "limit", "notes")
+_SAVES = ("contender", "format", *(n for n in NUMBERS if n != "call"), "limit", "notes")
+# What a narrow terminal does without, in this order. Files of results have all.
+_SPARE = ("p90", "p99", "limit")
+_GAP, _NOTES_MIN = 2, 16
 _LIMITS = ("limit", "GB/s", "how")
 _LEGEND = (
     "Times in ms: first, the first load or save of a process; p50 to p99, those after it. A load to"
@@ -20,7 +24,7 @@ _LEGEND = (
 
 
 class Table(NamedTuple):
-    """Texts in columns; those of ``NUMBERS`` are numbers."""
+    """Texts in columns; those of ``NUMBERS`` are numbers, those of ``FOLDING`` may be long."""
 
     title: str
     columns: tuple[str, ...]
@@ -28,17 +32,33 @@ class Table(NamedTuple):
 
 
 def list_tables(document: Document) -> Iterator[Table]:
-    """The tables, each model's together: loads, saves, limits."""
+    """The tables, each model's together: loads and saves, and limits."""
     for model in document.models:
         measured = [r for r in document.results if r.model == model.name and r.status == "measured"]
-        loads = [_list_load(result) for result in measured if result.work == "load"]
-        saves = [_list_save(result) for result in measured if result.work == "save"]
-        if loads:
-            yield Table(f"{model.name}: loading, {_describe(model)}", _LOADS, loads)
-        if saves:
-            yield Table(f"{model.name}: saving", _SAVES, saves)
+        for work, device, cache in dict.fromkeys((r.work, r.device, r.cache) for r in measured):
+            rows = [r for r in measured if (r.work, r.device, r.cache) == (work, device, cache)]
+            if work == "load":
+                what = f"loading to {device}, {cache}: {_describe(model)}"
+                yield Table(f"{model.name}: {what}", _LOADS, list(map(_list_load, rows)))
+            else:
+                yield Table(
+                    f"{model.name}: saving from {device}", _SAVES, list(map(_list_save, rows))
+                )
         limits = [[n.name, _number(n.gb_per_s), n.how] for n in model.limits]
         yield Table(f"{model.name}: what the machine does at best", _LIMITS, limits)
+
+
+def fit(table: Table, width: int) -> Table:
+    """The table without columns that are empty, and without some more if it is too wide."""
+    kept = [i for i in range(len(table.columns)) if not all(row[i] == "" for row in table.rows)]
+    for spare in _SPARE:
+        widths = [max(len(row[i]) for row in (table.columns, *table.rows)) for i in kept]
+        if table.columns[kept[-1]] in FOLDING:
+            widths[-1] = min(widths[-1], _NOTES_MIN)
+        if sum(widths) + _GAP * len(widths) > width and spare in table.columns:
+            kept.remove(table.columns.index(spare))
+    rows = [[row[i] for i in kept] for row in table.rows]
+    return Table(table.title, tuple(table.columns[i] for i in kept), rows)
 
 
 def describe_machine(document: Document) -> str:
@@ -94,14 +114,13 @@ def _describe(model: ModelInfo) -> str:
 
 
 def _list_load(result: Result) -> list[str]:
-    who = [result.contender, result.format, result.device, result.cache]
     call = _number(result.call.p50) if result.call else ""
-    return [*who, _number(result.first), call, *_list_rest(result)]
+    first = _number(result.first)
+    return [result.contender, result.format, first, call, *_list_rest(result)]
 
 
 def _list_save(result: Result) -> list[str]:
-    who = [result.contender, result.format, result.device]
-    return [*who, _number(result.first), *_list_rest(result)]
+    return [result.contender, result.format, _number(result.first), *_list_rest(result)]
 
 
 def _list_rest(result: Result) -> list[str]:

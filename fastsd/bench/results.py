@@ -104,8 +104,11 @@ class Document:
 
 
 def format_size(nbytes: int) -> str:
-    """ "50 MB", "8 GB": three digits, and powers of 1000."""
-    return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
+    """ "600 B", "50 MB", "8 GB": three digits, and powers of 1000."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 1000)):
+        if nbytes >= 0.9995 * size:
+            return f"{nbytes / size:.3g} {unit}"
+    return f"{nbytes} B"
 
 
 def find_limit(

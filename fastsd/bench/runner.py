@@ -18,11 +18,14 @@ from fastsd.bench.process import ChildError, run_child
 from fastsd.bench.results import Document, Limit, ModelInfo, Result, Times, find_limit
 
 CACHES = ("warm", "cold")
-# What a process may take beyond its share of the time before it is given up.
+# What a process may take beyond its share of the time before it is given up, and beyond all of it.
 _GRACE_SECONDS = 60.0
+_LATE_SECONDS = 30.0
 # What each process may load for, however little time there is: it has cost more to start.
 _LOADS_SECONDS_MIN = 1.0
 _NO_TIME = "the time was over"
+# Whom to measure first, as there may be too little time for all.
+_FIRST = ("fastsd", "safetensors", "InstantTensor", "InstantTensor buffered", "fastsafetensors")
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,10 @@ class _Clock:
             return None
         return max(_LOADS_SECONDS_MIN, self.left / tasks - self._overhead)
 
+    def timeout(self, seconds: float = 0.0) -> float:
+        """When to give up a process that may load for so long."""
+        return min(seconds + _GRACE_SECONDS, max(0.0, self.left) + _LATE_SECONDS)
+
     def note(self, whole: float, loads: float) -> None:
         """Learns what a process takes beside its repeats: it starts, imports, and loads once."""
         self._overhead = (self._overhead + whole - loads) / 2 if self._overhead else whole - loads
@@ -104,9 +111,9 @@ def run(
         limits = {}
         for model in models:
             say(f"{model.name}: the machine's limits")
-            limits[model.name] = _measure_limits(model, settings)
+            limits[model.name] = _measure_limits(model, settings, clock)
         tasks = [task for model in models for task in _list_tasks(model, settings)]
-        results = tuple(_measure_all(tasks, limits, settings, clock, say))
+        results = _measure_all(tasks, limits, settings, clock, say)
         infos = tuple(_describe(model, limits[model.name]) for model in models)
     return Document(who, settings.to_json(), round(clock.elapsed, 1), infos, results)
 
@@ -120,12 +127,12 @@ def _describe(model: Model, limits: tuple[Limit, ...]) -> ModelInfo:
     return ModelInfo(model.name, *facts, limits)
 
 
-def _measure_limits(model: Model, settings: Settings) -> tuple[Limit, ...]:
+def _measure_limits(model: Model, settings: Settings, clock: _Clock) -> tuple[Limit, ...]:
     scratch = str(model.folder / "limit") if settings.saves else None
     task = {"do": "limits", "path": str(model.reference), "devices": list(settings.devices)}
     found = []
     try:
-        for value in run_child({**task, "scratch": scratch}, _GRACE_SECONDS):
+        for value in run_child({**task, "scratch": scratch}, clock.timeout()):
             found.append(Limit(**value))
     except ChildError as error:
         found.append(Limit("others", str(error), None))
@@ -133,6 +140,7 @@ def _measure_limits(model: Model, settings: Settings) -> tuple[Limit, ...]:
 
 
 def _list_tasks(model: Model, settings: Settings) -> Iterator[_Task]:
+    """In the order of the tables."""
     for device in settings.devices:
         for cache in settings.caches:
             for contender in settings.contenders:
@@ -144,6 +152,24 @@ def _list_tasks(model: Model, settings: Settings) -> Iterator[_Task]:
 
 
 def _measure_all(
+    tasks: Sequence[_Task],
+    limits: Mapping[str, tuple[Limit, ...]],
+    settings: Settings,
+    clock: _Clock,
+    say: Callable[[str], object],
+) -> tuple[Result, ...]:
+    """Measures in the order of importance, and gives results in that of the tasks."""
+    order = sorted(range(len(tasks)), key=lambda number: _rank(tasks[number]))
+    ranked = _measure_each([tasks[number] for number in order], limits, settings, clock, say)
+    found = dict(zip(order, ranked, strict=True))
+    return tuple(found[number] for number in range(len(tasks)))
+
+
+def _rank(task: _Task) -> tuple[bool, bool]:
+    return task.contender.name not in _FIRST, task.work == "save"
+
+
+def _measure_each(
     tasks: Sequence[_Task],
     limits: Mapping[str, tuple[Limit, ...]],
     settings: Settings,
@@ -176,13 +202,14 @@ def _measure(
 ) -> Result:
     """Starts the process, and makes a result of what it tells; it is the next of ``tasks``."""
     seconds = clock.share(tasks)
-    timeout = None if seconds is None else seconds + _GRACE_SECONDS
+    timeout = None if seconds is None else clock.timeout(seconds)
     samples: list[dict[str, Any]] = []
     start = time.monotonic()
     try:
         samples.extend(run_child(_describe_task(task, repeat, seconds), timeout))
     except ChildError as error:
-        return _make_result(task, status="failed", reason=str(error), rounds=len(samples))
+        status = "skipped" if error.is_import else "failed"
+        return _make_result(task, status=status, reason=str(error), rounds=len(samples))
     if not samples:
         return _make_result(task, status="failed", reason="its process ended before it loaded")
     clock.note(time.monotonic() - start, sum(sample["ready"] for sample in samples[1:]))

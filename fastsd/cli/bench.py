@@ -17,8 +17,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import re
+import shutil
 import signal
 import sys
 from importlib.util import find_spec
@@ -81,7 +83,7 @@ def add_parser(commands: Commands, common: argparse.ArgumentParser) -> None:
     add("--save", action="store_true", help="measure saving, too: for how long the call blocks")
     add("--work", type=Path, metavar="DIR", help="where scratch folders are made")
     add("--output", action="append", default=[], type=_output, metavar="FILE.json|.md")
-    add("--plot", type=Path, metavar="FILE", help="draw a picture (.png, .svg, .pdf)")
+    add("--plot", type=_picture, metavar="FILE", help="draw a picture (.png, .svg, .pdf)")
     parser.set_defaults(run=run_command)
 
 
@@ -97,12 +99,12 @@ def run_command(args: argparse.Namespace) -> int:
         contenders=find_contenders(args.contenders),
     )
     with terminal.Progress(args.progress) as progress:
-        document = run(_list_sources(args), settings, args.work, progress.say)
-    _write(document, args.output, args.plot)
+        document = run(_list_sources(args), settings, args.work, progress.announce)
     if args.json:
         terminal.print_json(document.to_json())
     else:
         _print(document)
+    _write(document, args.output, args.plot)
     return _FAILED if document.has_failed else 0
 
 
@@ -112,6 +114,9 @@ def _check(args: argparse.Namespace) -> None:
         terminal.check_tables()
     for path in args.paths:
         path.stat()
+    for path in filter(None, [*args.output, args.plot]):
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
     if args.plot is not None and find_spec("matplotlib") is None:
         raise terminal.MissingPackageError("--plot needs matplotlib: pip install 'fastsd[bench]'")
     for device in args.device or ():
@@ -139,9 +144,12 @@ def _write(document: Document, outputs: list[Path], picture: Path | None) -> Non
 
 def _print(document: Document) -> None:
     terminal.print_lines([report.describe_machine(document)])
+    is_narrow = sys.stdout.isatty()
     for table in report.list_tables(document):
         terminal.print_lines(["", table.title])
-        terminal.print_table(table.columns, table.rows, right=report.NUMBERS)
+        columns = shutil.get_terminal_size().columns
+        _, names, rows = report.fit(table, columns) if is_narrow else table
+        terminal.print_table(names, rows, right=report.NUMBERS, folding=report.FOLDING)
     terminal.print_lines()
     terminal.print_lines(report.list_remarks(document))
 
@@ -156,7 +164,10 @@ def _count(text: str) -> int:
 
 
 def _sizes(text: str) -> list[int]:
-    return [max(1, parse_size(part)) for part in text.split(",")]
+    sizes = [parse_size(part) for part in text.split(",")]
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError("must be at least a byte")
+    return sizes
 
 
 def _devices(text: str) -> tuple[str, ...]:
@@ -185,7 +196,16 @@ def _contenders(text: str) -> tuple[str, ...]:
 
 
 def _output(text: str) -> Path:
+    return _path_of(text, ".json", ".md")
+
+
+def _picture(text: str) -> Path:
+    return _path_of(text, ".png", ".svg", ".pdf")
+
+
+def _path_of(text: str, *suffixes: str) -> Path:
     path = Path(text)
-    if path.suffix not in (".json", ".md"):
-        raise argparse.ArgumentTypeError("must end in .json or .md")
+    if path.suffix not in suffixes:
+        *most, last = suffixes
+        raise argparse.ArgumentTypeError(f"must end in {', '.join(most)} or {last}")
     return path

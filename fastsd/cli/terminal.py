@@ -77,16 +77,21 @@ def print_lines(lines: Iterable[str] = ("",)) -> None:
 
 
 def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    right: Sequence[str] = (),
+    folding: Sequence[str] | None = None,
 ) -> None:
-    """Prints texts in columns; those named in ``right`` are numbers.
+    """Prints texts in columns; those named in ``right`` are numbers, those in ``folding`` may take
+    several lines on a terminal (by default all others).
 
     On a terminal they are made to fit. Elsewhere a row is a line, whatever its length.
     """
     cells = [[clean(cell) for cell in row] for row in rows]
     is_right = [column in right for column in columns]
     if sys.stdout.isatty():
-        _print_fitting(columns, cells, is_right)
+        folds = [folding is None or column in folding for column in columns]
+        _print_fitting(columns, cells, is_right, folds)
         return
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     for row in (columns, *cells):
@@ -110,7 +115,10 @@ def check_tables() -> None:
 
 
 def _print_fitting(
-    columns: Sequence[str], cells: Sequence[Sequence[str]], is_right: Sequence[bool]
+    columns: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    is_right: Sequence[bool],
+    folds: Sequence[bool],
 ) -> None:
     check_tables()
     from rich.console import Console
@@ -118,9 +126,9 @@ def _print_fitting(
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column, right in zip(columns, is_right, strict=True):
+    for column, right, fold in zip(columns, is_right, folds, strict=True):
         side: Literal["left", "right"] = "right" if right else "left"
-        table.add_column(column, justify=side, no_wrap=right, overflow="fold")
+        table.add_column(column, justify=side, no_wrap=right or not fold, overflow="fold")
     for row in cells:
         table.add_row(*map(Text, row))  # a Text has no markup
     Console(file=sys.stdout).print(table)
@@ -177,10 +185,14 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Shows a text, if the last one has stood for long enough."""
-        now = time.monotonic()
-        if not self._is_shown or now - self._last < self._pause:
+        if time.monotonic() - self._last >= self._pause:
+            self.announce(text)
+
+    def announce(self, text: str) -> None:
+        """Shows a text at once: for what is begun, and takes long."""
+        if not self._is_shown:
             return
-        self._last = now
+        self._last = time.monotonic()
         sys.stderr.write(f"\r\x1b[K{text}" if self._is_terminal else f"fastsd: {text}\n")
         sys.stderr.flush()
 

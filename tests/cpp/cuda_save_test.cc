@@ -136,7 +136,7 @@ TEST(cuda_save_writes_the_bytes_of_gpus) {
   Stub stub;
   stub.set("copy_delay_us", 100);
   Random random(71);
-  const std::vector<std::byte> memory = random.bytes((35 << 20U) + 777);
+  const std::vector<std::byte> memory = random.bytes((14 << 20U) + 777);
   for (const LayOut lay_out_tensors : kLayOuts) {
     const std::vector<Tensor> tensors = make_tensors(random, memory);
     CHECK(gives_the_same(lay_out_tensors, tensors, on_gpus(tensors, 2), 2));
@@ -148,7 +148,7 @@ TEST(cuda_save_of_what_lies_on_gpus_and_on_the_host) {
   Stub stub;
   stub.set("copy_delay_us", 100);
   Random random(72);
-  const std::vector<std::byte> memory = random.bytes(20 << 20U);
+  const std::vector<std::byte> memory = random.bytes(12 << 20U);
   for (const LayOut lay_out_tensors : kLayOuts) {
     const std::vector<Tensor> tensors = make_tensors(random, memory);
     std::vector<Tensor> some = tensors;
@@ -196,7 +196,7 @@ TEST(cuda_save_comes_after_the_work_of_the_callers_stream) {
   Stub stub;
   for (const bool durable : {false, true}) {
     const Folder folder;
-    Model model(40 * kMiB);
+    Model model(20 * kMiB);
     stub.write_late(0, model.memory.data(), 0x55, model.memory.size());
     model.save(folder.path("x"), from_gpus(1, durable));
     CHECK(model.memory.back() == std::byte{0x55});
@@ -235,7 +235,7 @@ TEST(cuda_save_takes_no_more_than_the_ring_has) {
   stub.set("copy_delay_us", 300);
   const RingSize size(2);
   const Folder folder;
-  const Model model(100 * kMiB);
+  const Model model(40 * kMiB);
   for (const bool durable : {false, true}) {  // four threads, when durable, and two slabs
     model.save(folder.path("x"), from_gpus(1, durable));
     CHECK(read_whole(folder.path("x")) == model.file());
@@ -296,7 +296,7 @@ TEST(cuda_saves_of_several_threads_share_the_ring) {
   threads.reserve(4);
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([&, i] {
-      const Model model(40 * kMiB, static_cast<std::uint64_t>(i));
+      const Model model(20 * kMiB, static_cast<std::uint64_t>(i));
       const std::string path = folder.path(std::to_string(i));
       for (const bool durable : {false, true}) {
         model.save(path, from_gpus(2, durable));

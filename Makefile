@@ -82,13 +82,15 @@ crash: $(BUILT) ## kill savers, and fail every call of large and small saves (mi
 
 sanitize: $(VENV)/.ready ## run the C++ tests under ASan and UBSan
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DFASTSD_PYTHON=OFF -DFASTSD_NATIVE_TESTS=ON -DFASTSD_SANITIZE=address,undefined
+	  -DFASTSD_PYTHON=OFF -DFASTSD_NATIVE_TESTS=ON -DCMAKE_CXX_FLAGS_RELEASE=-O1 \
+	  -DFASTSD_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
 
 sanitize-thread: $(VENV)/.ready ## run the C++ tests under TSan
 	$(BIN)/cmake -S . -B build/sanitize-thread -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DFASTSD_PYTHON=OFF -DFASTSD_NATIVE_TESTS=ON -DFASTSD_SANITIZE=thread
+	  -DFASTSD_PYTHON=OFF -DFASTSD_NATIVE_TESTS=ON -DCMAKE_CXX_FLAGS_RELEASE=-O1 \
+	  -DFASTSD_SANITIZE=thread
 	$(BIN)/cmake --build build/sanitize-thread
 	$(BIN)/ctest --test-dir build/sanitize-thread --output-on-failure --no-tests=error
 

@@ -18,6 +18,9 @@ from fastsd.errors import UnsupportedError
 _PINNED_VARIABLE = "FASTSD_PINNED_BYTES"
 _STORAGE_VARIABLE = "FASTSD_GPUDIRECT_STORAGE"
 
+# Of the core's type: as good as no limit.
+_PINNED_BYTES_MAX = (1 << 64) - 1
+
 # torch's caching allocator, CUDACachingAllocator.cpp: sizes are multiples of the first; up to the
 # second they come from segments of 2 MiB, above it from what is left of larger ones.
 _BLOCK_BYTES = 512
@@ -100,7 +103,7 @@ def set_pinned_memory(nbytes: int) -> None:
     """
     if nbytes < 0:
         raise ValueError(f"the limit of pinned memory must not be negative: {nbytes}")
-    _core.set_pinned_bytes_max(nbytes)
+    _core.set_pinned_bytes_max(min(nbytes, _PINNED_BYTES_MAX))
 
 
 def release_pinned_memory() -> None:

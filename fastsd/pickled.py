@@ -249,7 +249,10 @@ def load(reader: _core.Reader, stream: bytes, map_location: Any, how: Unpickling
     Raises FormatError where stream and storages disagree, and what torch.load raises.
     """
     with ExitStack() as moving:
-        return _load(_Records(reader, stream, moving), stream, map_location, how)
+        records = _Records(reader, stream, moving)
+        obj = _load(records, stream, map_location, how)
+    records.check_moved()
+    return obj
 
 
 def _load(records: _Records, stream: bytes, map_location: Any, how: Unpickling) -> Any:
@@ -493,6 +496,7 @@ class _Records:
         self._is_turned = self._byte_order == b"big" or is_turned_by_default(reader)
         self._places = reader.storage_places()
         self._storages: dict[str, torch.Tensor] | None = None
+        self._moved: list[tuple[str, torch.UntypedStorage, int]] = []
 
     def has_record(self, name: str) -> bool:
         return name == _STREAM or (name == "byteorder" and self._byte_order is not None)
@@ -510,19 +514,34 @@ class _Records:
         tensor = self._storages[key]
         if nbytes < stored:
             tensor = self._cut(tensor.untyped_storage(), nbytes)
-        # Those in the other byte order are turned around in memory before they are moved.
-        if self._reader.is_mapped and not self._is_turned:
-            self._read_when_moved(key, tensor.untyped_storage())
+        self._watch_moves(key, tensor.untyped_storage())
         return tensor
 
-    def _read_when_moved(self, key: str, storage: torch.UntypedStorage) -> None:
+    def _watch_moves(self, key: str, storage: torch.UntypedStorage) -> None:
         offset, _ = self._places[key]
         reader = self._reader
+        # Those in the other byte order are turned around in memory before they are moved.
+        is_read = reader.is_mapped and not self._is_turned
 
         def move(device: torch.device) -> torch.UntypedStorage:
-            return fetch(reader, offset, storage.nbytes(), device)
+            nbytes = storage.nbytes()
+            moved = (
+                fetch(reader, offset, nbytes, device)
+                if is_read
+                else torch.UntypedStorage.to(storage, device=device)
+            )
+            self._moved.append((key, moved, nbytes))
+            return moved
 
         self._moving.enter_context(moved_by(storage, move))
+
+    def check_moved(self) -> None:
+        """Raises RuntimeError, as torch does for memory of the host, where a tensor reaches beyond
+        a storage on an accelerator. torch makes those larger, by bytes of whoever had them."""
+        for key, storage, nbytes in self._moved:
+            if storage.nbytes() > nbytes:
+                detail = f"a tensor reaches beyond storage {key!r}, which has {nbytes} bytes"
+                raise RuntimeError(f"{self.path}: {detail}")
 
     def get_record_offset(self, name: str) -> int:
         return self._find(name)[1]

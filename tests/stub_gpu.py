@@ -2,6 +2,7 @@
 "device memory" is host memory, and torch is told that storages there are in the host's."""
 
 import ctypes
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -50,21 +51,28 @@ def find_stub():
     return found[0]
 
 
-@pytest.fixture
-def stub_gpu(monkeypatch):
+@contextmanager
+def stubbed():
     """Two GPUs. What is put on them is in host memory; nothing may be left on its way."""
     path = find_stub()
-    _core.set_cuda_library(str(path))
-    stub = StubGpu(path)
-    monkeypatch.setattr(gpu, "allocate", stub.allocate)
-    monkeypatch.setattr(gpu, "current_stream", lambda device: 0)
-    monkeypatch.setattr(gpu, "ordinal_of", lambda device: device.index or 0)
-    monkeypatch.setattr(
-        torch.serialization, "_validate_device", lambda location, _: torch.device(location)
-    )
-    yield stub
+    with pytest.MonkeyPatch.context() as patch:
+        _core.set_cuda_library(str(path))
+        stub = StubGpu(path)
+        patch.setattr(gpu, "allocate", stub.allocate)
+        patch.setattr(gpu, "current_stream", lambda device: 0)
+        patch.setattr(gpu, "ordinal_of", lambda device: device.index or 0)
+        patch.setattr(
+            torch.serialization, "_validate_device", lambda location, _: torch.device(location)
+        )
+        yield stub
     _core.release_pinned()
     left = {name: stub.get(name) for name in ("streams", "events", "misuses")}
     stub.reset()
     _core.set_cuda_library("")
     assert left == {"streams": 0, "events": 0, "misuses": 0}
+
+
+@pytest.fixture
+def stub_gpu():
+    with stubbed() as stub:
+        yield stub

@@ -1,7 +1,8 @@
 """The attack table: one numbered row for each abuse, and the answer to it. docs/SECURITY.md says
 what is promised; here each promise is tried.
 
-A row is made in a folder of its own and loaded there, mapped and read, in a process of its own.
+A row is made in a folder of its own and loaded there, in a process of its own: mapped, read, and to
+a GPU, which is that of the stub driver.
 Whatever the answer is: the canary is not hatched, no file but those of the row is there after it,
 memory stays within the size of the file and a bound, and time within a limit.
 """
@@ -142,6 +143,7 @@ row(
 
 row("torch: a view beyond its storage", zipped(stream(tensor([2**40]))), "RuntimeError", "x: ")
 row("torch: an offset beyond it", zipped(stream(tensor(offset=5))), "RuntimeError", "x: ")
+row("torch: a view that is a bit longer", zipped(stream(tensor([2]))), "RuntimeError", "x: ")
 row("torch: an offset below 0", zipped(stream(tensor(offset=-1))), "RuntimeError", "offset -1")
 row("torch: a stride below 0", zipped(stream(tensor([100], [-1]))), "RuntimeError", "overflow")
 row(
@@ -582,10 +584,16 @@ TRY = """
 import json, os, resource, sys
 import torch, fastsd
 from fastsd.formats.dcp import read_dcp
+from stub_gpu import stubbed
+
+def load_to_gpu():
+    with stubbed():
+        fastsd.load("x", map_location="cuda")
 
 RUNS = {
     "load": [lambda: fastsd.load("x", map_location="cpu"),
-             lambda: fastsd.load("x", map_location="cpu", mmap=False)],
+             lambda: fastsd.load("x", map_location="cpu", mmap=False),
+             load_to_gpu],
     "dcp": [lambda: read_dcp("x")],
 }
 
@@ -654,7 +662,14 @@ def results(tmp_path_factory):
         )
     lines = "".join(json.dumps(task) + "\n" for task in tasks)
     command = [sys.executable, "-W", "ignore", "-c", TRY]
-    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command,
+        input=lines,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(HERE)},  # for the stub driver
+    )
     found = {result["folder"]: result for result in map(json.loads, done.stdout.splitlines())}
     after = [sorted(map(str, Path(task["folder"]).rglob("*"))) for task in tasks]
     return [

@@ -389,11 +389,9 @@ def test_a_child_that_fails_or_dies_says_how(child_code, code, complaint):
 
 
 def test_a_child_that_hangs_is_ended(child_code):
-    child_code("time.sleep(60)")
-    start = time.monotonic()
+    child_code("time.sleep(3600)")  # whoever waits for it is found out
     with pytest.raises(process.ChildError, match=r"stopped after 0\.5 s without an end"):
         list(process.run_child({}, 0.5))
-    assert time.monotonic() - start < 10
 
 
 def is_alive(pid):
@@ -406,15 +404,15 @@ def is_alive(pid):
 
 def test_nothing_of_a_child_outlives_the_interest_in_it(child_code):
     child_code(
-        "import subprocess; other = subprocess.Popen(['sleep', '60'])\n"
+        "import subprocess; other = subprocess.Popen(['sleep', '3600'])\n"
         "pipe.write(json.dumps({{'value': [os.getpid(), other.pid]}}) + '\\n'); pipe.flush()\n"
-        "time.sleep(60)"
+        "time.sleep(3600)"
     )
     told = process.run_child({})
     pids = next(told)
     assert all(map(is_alive, pids))
     told.close()  # as at Ctrl-C
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while any(map(is_alive, pids)) and time.monotonic() < end:
         time.sleep(0.01)
     assert not any(map(is_alive, pids))

@@ -708,6 +708,20 @@ def test_errors_name_the_file(all_served, tmp_path, name, load):
     _core.release_pinned()
 
 
+@pytest.mark.parametrize("options", [{}, {"mmap": False}, {"dtype": torch.float16}], ids=str)
+def test_a_file_that_shrinks_meanwhile(stub_gpu, tmp_path, monkeypatch, options):
+    """It is read and never touched through a mapping, which would end the process."""
+    path = save_as({"a": torch.ones(5_000_000)}, tmp_path, "fsd")
+
+    def allocate(sizes, device):  # once the header has been read
+        os.truncate(path, 8_000_000)
+        return stub_gpu.allocate(sizes, device)
+
+    monkeypatch.setattr(gpu, "allocate", allocate)
+    with pytest.raises(fastsd.TruncatedError, match=r"x\.fsd"):
+        fastsd.load(path, map_location="cuda", **options)
+
+
 def test_no_room_on_the_gpu(stub_gpu, tmp_path, monkeypatch):
     path = save_as(make_state(), tmp_path, "fsd")
 
@@ -775,6 +789,30 @@ def test_pinned_memory_is_bounded(stub_gpu, tmp_path):
         gpu.set_pinned_memory(512 << 20)
     with pytest.raises(ValueError, match="negative"):
         gpu.set_pinned_memory(-1)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("0", 16 << 20),
+        ("100000000", 100_000_000),
+        (str(1 << 70), (1 << 64) - 1),
+        ("-1", "FASTSD_PINNED_BYTES must be a number of bytes, not '-1'"),
+        ("512M", "FASTSD_PINNED_BYTES must be a number of bytes, not '512M'"),
+        ("", "FASTSD_PINNED_BYTES must be a number of bytes, not ''"),
+    ],
+)
+def test_the_environment_sets_the_bound(monkeypatch, text, answer):
+    monkeypatch.setenv("FASTSD_PINNED_BYTES", text)
+    try:
+        if isinstance(answer, int):
+            gpu._apply_environment()
+            assert _core.pinned_bytes_max() == answer
+        else:
+            with pytest.raises(ValueError, match=re.escape(answer)):
+                gpu._apply_environment()
+    finally:
+        gpu.set_pinned_memory(512 << 20)
 
 
 def _load_in_child(path, queue):

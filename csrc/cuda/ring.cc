@@ -17,10 +17,6 @@ void Slab::pin(const std::shared_ptr<const Gpu>& gpu) {
   pin_ = std::shared_ptr<void>(data(), [gpu](void* memory) { gpu->unpin(memory); });
 }
 
-void Slab::abandon() && {
-  static_cast<void>(new Slab(std::move(*this)));  // NOLINT: nobody will ever delete it
-}
-
 // ---- Ring ----
 
 Ring& Ring::shared() {
@@ -108,8 +104,10 @@ void Ring::give_back(Slab slab, Event event) {
 }
 
 void Ring::abandon(Slab slab) {
-  std::move(slab).abandon();
-  forget();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  abandoned_.push_back(std::move(slab));
+  --count_;
+  is_changed_.notify_one();
 }
 
 void Ring::forget() {

@@ -34,9 +34,6 @@ class Slab {
   // Pins it, unless it is, if the system allows that.
   void pin(const std::shared_ptr<const Gpu>& gpu);
 
-  // Never gives the memory back: something may still be using it.
-  void abandon() &&;
-
  private:
   std::shared_ptr<Memory> memory_;
   std::shared_ptr<void> pin_;  // goes first
@@ -62,7 +59,7 @@ class Ring {
 
   void give_back(Slab slab);               // to be used again at once
   void give_back(Slab slab, Event event);  // ...once this has passed
-  void abandon(Slab slab);
+  void abandon(Slab slab);                 // to stay as it is: something may still be using it
 
   // Takes back those whose events have passed: to be called when work has been waited for, as
   // events hold on to their GPUs.
@@ -88,6 +85,7 @@ class Ring {
   std::size_t count_ = 0;   // of all slabs: here, lent to copies, or taken
   std::vector<Slab> free_;  // the last one is the warmest
   std::deque<Lent> lent_;   // in the order in which they came
+  std::vector<Slab> abandoned_;
 };
 
 }  // namespace fastsd::cuda

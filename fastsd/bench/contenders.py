@@ -58,12 +58,12 @@ def _load_fastsd(path: str, device: str) -> State:
 
 
 def _load_torch(path: str, device: str) -> State:
-    loaded: State = torch.load(path, map_location=device)
+    loaded: State = torch.load(path, map_location=device, weights_only=True)
     return loaded
 
 
 def _load_torch_mapped(path: str, device: str) -> State:
-    loaded: State = torch.load(path, map_location=device, mmap=True)
+    loaded: State = torch.load(path, map_location=device, weights_only=True, mmap=True)
     return loaded
 
 

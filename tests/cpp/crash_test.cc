@@ -108,8 +108,9 @@ void check_every_fault(const Place& place, const Save& save, const std::string& 
                        const std::string& parent = parent_folder()) {
   std::size_t fault_count = 0;
   const Injection faults[] = {
-      {Fault::kError, EIO}, {Fault::kError, ENOSPC}, {Fault::kError, EINTR},
-      {Fault::kShort},      {Fault::kDieBefore},     {Fault::kDieAfter},
+      {Fault::kError, EIO},   {Fault::kError, ENOSPC}, {Fault::kError, EDQUOT},
+      {Fault::kError, EINTR}, {Fault::kShort},         {Fault::kDieBefore},
+      {Fault::kDieAfter},
   };
   for (Injection injection : faults) {
     injection.has_unnamed_files = place.has_unnamed_files;

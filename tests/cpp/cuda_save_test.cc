@@ -136,7 +136,7 @@ TEST(cuda_save_writes_the_bytes_of_gpus) {
   Stub stub;
   stub.set("copy_delay_us", 100);
   Random random(71);
-  const std::vector<std::byte> memory = random.bytes((35 << 20U) + 777);
+  const std::vector<std::byte> memory = random.bytes((14 << 20U) + 777);
   for (const LayOut lay_out_tensors : kLayOuts) {
     const std::vector<Tensor> tensors = make_tensors(random, memory);
     CHECK(gives_the_same(lay_out_tensors, tensors, on_gpus(tensors, 2), 2));
@@ -148,7 +148,7 @@ TEST(cuda_save_of_what_lies_on_gpus_and_on_the_host) {
   Stub stub;
   stub.set("copy_delay_us", 100);
   Random random(72);
-  const std::vector<std::byte> memory = random.bytes(20 << 20U);
+  const std::vector<std::byte> memory = random.bytes(12 << 20U);
   for (const LayOut lay_out_tensors : kLayOuts) {
     const std::vector<Tensor> tensors = make_tensors(random, memory);
     std::vector<Tensor> some = tensors;
@@ -159,17 +159,17 @@ TEST(cuda_save_of_what_lies_on_gpus_and_on_the_host) {
 
 TEST(cuda_save_of_strided_views) {
   Stub stub;
-  const std::vector<std::byte> memory = Random(73).bytes(24 << 20U);
+  const std::vector<std::byte> memory = Random(73).bytes(13 << 20U);
   const std::byte* data = memory.data();
   const std::vector<std::vector<Tensor>> cases = {
       // Gaps, in small and over many windows.
       {{"a", DType::kUInt8, data, {8}, {4}}, {"b", DType::kUInt8, data + 2, {4}, {4}}},
-      {{"columns", DType::kFloat32, data + 4, {1000, 1000}, {5000, 1}}},
-      {{"far", DType::kInt16, data + 2, {3}, {5 << 20U}}},
+      {{"columns", DType::kFloat32, data + 4, {1000, 1000}, {2500, 1}}},
+      {{"far", DType::kInt16, data + 2, {3}, {3 << 20U}}},
       // Bytes before the first view, which belong to none.
       {{"narrow", DType::kInt32, data + 4, {6}}, {"wide", DType::kInt64, data + 8, {2}}},
       // Transposed, larger than a window.
-      {{"t", DType::kFloat32, data, {1500, 2000}, {1, 1500}}, {"u", DType::kInt8, data, {9}}},
+      {{"t", DType::kFloat32, data, {1100, 1000}, {1, 1100}}, {"u", DType::kInt8, data, {9}}},
       {{"expanded", DType::kFloat32, data, {700, 900}, {0, 1}}},
   };
   for (const std::vector<Tensor>& tensors : cases) {
@@ -196,7 +196,7 @@ TEST(cuda_save_comes_after_the_work_of_the_callers_stream) {
   Stub stub;
   for (const bool durable : {false, true}) {
     const Folder folder;
-    Model model(40 * kMiB);
+    Model model(20 * kMiB);
     stub.write_late(0, model.memory.data(), 0x55, model.memory.size());
     model.save(folder.path("x"), from_gpus(1, durable));
     CHECK(model.memory.back() == std::byte{0x55});
@@ -235,7 +235,7 @@ TEST(cuda_save_takes_no_more_than_the_ring_has) {
   stub.set("copy_delay_us", 300);
   const RingSize size(2);
   const Folder folder;
-  const Model model(100 * kMiB);
+  const Model model(40 * kMiB);
   for (const bool durable : {false, true}) {  // four threads, when durable, and two slabs
     model.save(folder.path("x"), from_gpus(1, durable));
     CHECK(read_whole(folder.path("x")) == model.file());
@@ -296,7 +296,7 @@ TEST(cuda_saves_of_several_threads_share_the_ring) {
   threads.reserve(4);
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([&, i] {
-      const Model model(40 * kMiB, static_cast<std::uint64_t>(i));
+      const Model model(20 * kMiB, static_cast<std::uint64_t>(i));
       const std::string path = folder.path(std::to_string(i));
       for (const bool durable : {false, true}) {
         model.save(path, from_gpus(2, durable));

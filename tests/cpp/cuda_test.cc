@@ -221,8 +221,8 @@ TEST(cuda_ring_is_bounded_and_used_again) {
   Stub stub;
   stub.set("copy_delay_us", 500);
   Ring::shared().set_bytes_max(3 * kSlabBytes);
-  Sample sample(100 * kMiB);
-  const std::vector<Transfer> transfers = {sample.transfer(0, 100 * kMiB)};
+  Sample sample(40 * kMiB);
+  const std::vector<Transfer> transfers = {sample.transfer(0, 40 * kMiB)};
   upload(sample.file(), transfers, to_gpus(), {});
   CHECK(sample.has(transfers));
   CHECK(stub.get("pinned_peak") <= static_cast<long>(3 * kSlabBytes));
@@ -444,19 +444,19 @@ TEST(cuda_uploads_of_several_threads_share_the_ring) {
   stub.set("copy_delay_us", 300);
   Ring::shared().set_bytes_max(4 * kSlabBytes);
   std::vector<std::unique_ptr<Sample>> samples(4);
-  for (std::size_t i = 0; i < 4; ++i) samples[i] = std::make_unique<Sample>(30 * kMiB, i);
+  for (std::size_t i = 0; i < 4; ++i) samples[i] = std::make_unique<Sample>(20 * kMiB, i);
   std::vector<std::thread> threads;
   threads.reserve(samples.size());
   for (const auto& sample : samples) {
     threads.emplace_back([&sample] {
       for (int i = 0; i < 3; ++i) {
         std::fill(sample->target.begin(), sample->target.end(), std::byte{0xEE});
-        upload(sample->file(), {sample->transfer(5, 29 * kMiB, i % 2)}, to_gpus(2), {});
+        upload(sample->file(), {sample->transfer(5, 19 * kMiB, i % 2)}, to_gpus(2), {});
       }
     });
   }
   for (std::thread& thread : threads) thread.join();
-  for (const auto& sample : samples) CHECK(sample->has({sample->transfer(5, 29 * kMiB)}));
+  for (const auto& sample : samples) CHECK(sample->has({sample->transfer(5, 19 * kMiB)}));
   CHECK(stub.get("pinned_peak") <= static_cast<long>(4 * kSlabBytes));
   CHECK(stub.get("misuses") == 0 && stub.get("streams") == 0 && stub.get("events") == 0);
   Ring::shared().set_bytes_max(Ring::kBytesMaxDefault);

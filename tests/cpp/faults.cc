@@ -105,7 +105,9 @@ Outcome run_with(const Injection& injection, const char* path, const std::functi
     try {
       body();
     } catch (const Error& error) {
-      const bool is_right = error.kind == Failure::kSystem && error.path == path;
+      const bool is_ours =
+          injection.fault != Fault::kError || error.system_errno == injection.error;
+      const bool is_right = error.kind == Failure::kSystem && error.path == path && is_ours;
       end = is_right ? End::kThrew : End::kThrewSomethingElse;
     } catch (...) {
       end = End::kThrewSomethingElse;

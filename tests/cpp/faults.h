@@ -45,7 +45,7 @@ struct Outcome {
 };
 
 // Runs `body` with the injection in a process of its own, which a fork makes. kThrew stands for an
-// Error of the system that names `path`.
+// Error of the system that names `path` and, where the fault is an error, has that errno.
 Outcome run_with(const Injection& injection, const char* path, const std::function<void()>& body);
 
 }  // namespace fastsd::test

@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstring>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 
 #include "error.h"
@@ -69,7 +70,7 @@ DirectStorage::DirectStorage(const std::string& library, const std::string& modu
   const auto find = [&](const char* name, auto* function) {
     void* symbol = ::dlsym(opened, name);
     if (symbol == nullptr) refuse(library + " has no " + name);
-    std::memcpy(function, &symbol, sizeof symbol);
+    *function = reinterpret_cast<std::remove_pointer_t<decltype(function)>>(symbol);
   };
   find("cuFileDriverOpen", &found.open_driver);
   find("cuFileHandleRegister", &found.register_handle);

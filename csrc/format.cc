@@ -325,7 +325,7 @@ std::string encode_header(const HeaderContent& content) {
 
 Preamble decode_preamble(const void* bytes, std::size_t count, std::uint64_t file_bytes) {
   Preamble preamble{};
-  std::memcpy(&preamble, bytes, std::min(count, sizeof preamble));
+  if (count > 0) std::memcpy(&preamble, bytes, std::min(count, sizeof preamble));
   if (count < sizeof kMagic || std::memcmp(preamble.magic, kMagic, sizeof kMagic) != 0)
     reject("the first 8 bytes are not those of an .fsd file");
   if (count < sizeof preamble) {

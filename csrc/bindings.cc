@@ -134,7 +134,8 @@ void add_described(Plan& plan, std::string_view name, const Described& described
       dims.data());
 }
 
-cuda::Streams streams_of(const std::map<int, std::uintptr_t>& places) {
+template <class Places>
+cuda::Streams streams_of(const Places& places) {
   cuda::Streams streams;
   for (const auto& [gpu, handle] : places)
     streams.emplace_back(
@@ -544,10 +545,7 @@ std::vector<std::uint32_t> upload_transfers(
   }
   std::atomic<std::uint64_t> done{0};
   cuda::UploadOptions options;
-  for (const auto& [gpu, stream] : streams) {
-    options.streams.emplace_back(
-        gpu, reinterpret_cast<cuda::StreamHandle>(stream));  // NOLINT(performance-no-int-to-ptr)
-  }
+  options.streams = streams_of(streams);
   if (checksums) options.checksum = &reader.checksum();
   options.done = &done;
   options.direct_storage = direct_storage;

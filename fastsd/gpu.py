@@ -23,7 +23,7 @@ _PINNED_BYTES_MAX = (1 << 64) - 1
 
 # torch's caching allocator, CUDACachingAllocator.cpp: sizes are multiples of the first; up to the
 # second they come from segments of 2 MiB, above it from what is left of larger ones.
-_BLOCK_BYTES = 512
+BLOCK_BYTES = 512
 _SMALL_BYTES = 1 << 20
 
 
@@ -66,6 +66,11 @@ def current_stream(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
+def round_up(nbytes: int) -> int:
+    """What torch's allocator takes for so many bytes: whole blocks of `BLOCK_BYTES`."""
+    return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
 def allocate(sizes: Sequence[int], device: torch.device) -> list[torch.UntypedStorage]:
     """Storages of so many bytes each, from torch's allocator, each freed by itself.
 
@@ -79,7 +84,7 @@ def allocate(sizes: Sequence[int], device: torch.device) -> list[torch.UntypedSt
 
 def _reserve(sizes: Iterable[int], device: torch.device) -> None:
     """Has torch's allocator get the memory at once, which it then splits."""
-    blocks = [-(-size // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes if size > _SMALL_BYTES]
+    blocks = [round_up(size) for size in sizes if size > _SMALL_BYTES]
     if len(blocks) < 2 or not _splits_blocks():
         return
     try:

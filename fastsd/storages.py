@@ -23,7 +23,6 @@ from fastsd.tensors import (
 from fastsd.upload import Passage, Transfer, is_cast, moved_by, send
 
 _SLAB_BYTES = 64 << 20  # of a device's memory, for what is cast there
-_ALIGN_BYTES = 512
 
 
 class _Move(NamedTuple):
@@ -213,7 +212,7 @@ def _cast_on_the_way(
     if target_dtype is None or not moves:
         return
     device = moves[0].device
-    total = sum(-(-move.record.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES for move in moves)
+    total = sum(gpu.round_up(move.record.nbytes) for move in moves)
     slab_bytes = min(total, _SLAB_BYTES)
     (slab,) = gpu.allocate([slab_bytes], device)
     transfers: list[Transfer] = []
@@ -234,7 +233,7 @@ def _cast_on_the_way(
         assert source is not None
         done = 0
         while done < move.record.nbytes:
-            if slab_bytes - used < _ALIGN_BYTES:
+            if slab_bytes - used < gpu.BLOCK_BYTES:
                 empty_slab()
             nbytes = min(move.record.nbytes - done, slab_bytes - used)
             transfers.append(Transfer(move.record.offset + done, nbytes, device, slab, used))
@@ -243,5 +242,5 @@ def _cast_on_the_way(
             target = view_items(storages[move.number], target_dtype, done // source.itemsize, count)
             casts.append((items, target))
             done += nbytes
-            used += -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
+            used += gpu.round_up(nbytes)
     empty_slab()
